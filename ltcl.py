@@ -1,0 +1,639 @@
+"""ltcl: long-tailed contrastive learning in one file.
+
+Real data has a long tail: a few classes with many images, most with a handful.
+Two papers learn better features for it by contrast, and this file is both:
+
+[H] Wang, Han, Wei, Zhang, Wang. Contrastive Learning based Hybrid Networks for
+    Long-Tailed Image Classification. CVPR 2021, arXiv 2103.14267.
+[D] Xuan, Zhang. Decoupled Contrastive Learning for Long-Tailed Recognition.
+    AAAI 2024, arXiv 2403.06151.
+[S] Khosla et al. Supervised Contrastive Learning. NeurIPS 2020 (the SC loss).
+
+It reads from top to bottom: data, views, networks, losses, curriculum, trainer.
+
+Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1.  y: labels.
+tau: temperature.  N: images a batch.  B: rows (the views of all images, stacked).
+C: classes.  D: embedding dimensions.  K: rows in memory.  P_i: the positives of
+anchor i.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the curriculum's
+coefficient, is called the contrast weight here).
+"""
+
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work; the message says what it is and what to do."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+# ---------------------------------------------------------------------------------------
+# 1. Data: a long tail is a balanced set, thinned class by class
+# ---------------------------------------------------------------------------------------
+
+def long_tail_counts(n_max, num_classes, imb):
+    """Images to keep of each class: n_c = n_max * imb^(-c/(C-1)), rounded down.
+
+    imb is n_max / n_min >= 1; 1 keeps the set balanced. Returns C integers.
+    Raises InputError for imb < 1. The protocol of the field, see [H] sec. 4.1.
+    """
+    require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
+    return [int(n_max * imb ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
+
+
+def long_tail_indices(labels, imb, seed=0):
+    """Rows of the long-tailed subset of a labelled set, grouped by class: int64 array.
+
+    labels: [N] integers 0..C-1. Classes keep their order: 0 is the head, C-1 the tail.
+    Each class's rows are shuffled by numpy's legacy stream, carried from class to class,
+    and its first n_c kept: the split that every CIFAR-LT paper uses has seed 0.
+    A class with fewer than n_c images keeps them all. Raises InputError for imb < 1,
+    and where a class would keep no image.
+    """
+    labels = np.asarray(labels)
+    sizes = np.bincount(labels)
+    rng = np.random.RandomState(seed)  # a stream of our own: numpy's global one stays untouched
+    kept = []
+    for c, n_c in enumerate(long_tail_counts(sizes.max(), len(sizes), imb)):
+        require(n_c > 0, f"--imb {imb:g} leaves class {c} no image: take at most {sizes.max()}, the largest class's size")
+        rows = np.flatnonzero(labels == c)
+        rng.shuffle(rows)
+        kept.append(rows[:n_c])
+    return np.concatenate(kept)
+
+
+@dataclass
+class Dataset:
+    x_train: torch.Tensor  # uint8 [N,3,H,W]
+    y_train: torch.Tensor  # int64 [N], 0..C-1
+    x_test: torch.Tensor   # uint8 [M,3,H,W]
+    y_test: torch.Tensor   # int64 [M]
+    class_names: list      # C strings
+
+
+def load_dataset(name, root="data"):
+    """`shapes`, `cifar10`, `cifar100`, or the path of an .npz with the keys x_train, y_train,
+    x_test, y_test and, if you like, class_names. Images: uint8 [N,H,W,3] or grey [N,H,W].
+
+    The CIFARs are read from root/<name>.npz; where that is missing, torchvision downloads
+    them and the file is written. Raises InputError for whatever cannot be read or used.
+    """
+    if name == "shapes":
+        return draw_shapes()
+    require(name in ("cifar10", "cifar100") or name.endswith(".npz"),
+            f"unknown data set {name!r}: choose shapes, cifar10, cifar100 or the path of an .npz file")
+    path = Path(name) if name.endswith(".npz") else Path(root) / f"{name}.npz"
+    if not path.exists() and not name.endswith(".npz"):
+        download_cifar(name, path)
+    return read_npz(path)
+
+
+def read_npz(path):
+    """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the path of an .npz file") from None
+    except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
+        raise InputError(f"{path} cannot be read as plain arrays ({error}): write it anew with numpy.savez, "
+                         "class_names as strings") from None
+    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
+    require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test")
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        require(x.dtype == np.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3),
+                f"{path}: x_{part} is {x.dtype} {list(x.shape)}: images are uint8 [N,H,W,3] or [N,H,W]")
+        require(np.issubdtype(y.dtype, np.integer) and y.shape == x.shape[:1],
+                f"{path}: y_{part} is {y.dtype} {list(y.shape)}: labels are integers, one for each of {len(x)} images")
+        require(len(y) > 0 and y.min() >= 0, f"{path}: y_{part} is empty or holds a negative label: classes are 0, 1, 2...")
+    C = int(arrays["y_train"].max()) + 1
+    require(C > 1, f"{path}: y_train holds one class alone: at least two are needed")
+    for part in ("train", "test"):
+        y = arrays[f"y_{part}"]
+        require(y.max() < C, f"{path}: y_{part} holds label {y.max()}, but y_train ends at {C - 1}: number the classes 0..C-1")
+        empty = np.flatnonzero(np.bincount(y, minlength=C) == 0)
+        require(not len(empty), f"{path}: class {empty[:1].sum()} has no image in y_{part}: remove it and renumber the others")
+    names = [str(n) for n in arrays.get("class_names", range(C))]
+    require(len(names) == C, f"{path}: {len(names)} class_names for {C} classes: give one for each")
+    require(arrays["x_train"].shape[1:3] == arrays["x_test"].shape[1:3],
+            f"{path}: training and test images differ in size: resize them to one")
+    images = [torch.from_numpy(a if a.ndim == 4 else np.stack([a] * 3, 3)).permute(0, 3, 1, 2).contiguous()
+              for a in (arrays["x_train"], arrays["x_test"])]
+    labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
+    return Dataset(images[0], labels[0], images[1], labels[1], names)
+
+
+def download_cifar(name, path):
+    """Download CIFAR-10 or -100 through torchvision and keep it as one .npz file."""
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a broken download leaves nothing behind
+        try:
+            train, test = (kind(folder, train=flag, download=True) for flag in (True, False))
+        except Exception as error:  # offline, a server's refusal, a checksum: torchvision raises all kinds
+            raise InputError(f"{name} could not be downloaded ({error}): get online, or put {name}.npz "
+                             f"(x_train, y_train, x_test, y_test) at {path}") from None
+        whole = Path(folder) / "whole.npz"
+        np.savez(whole, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
+                 class_names=train.classes)
+        os.replace(whole, path)
+
+
+# The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
+# different pairs in which every outline and every texture belongs to head and tail classes
+# alike. What a tail class looks like can be learnt from the head, as [D] claims of real data.
+
+OUTLINES, TEXTURES = ("disc", "square", "triangle", "cross", "ring"), ("plain", "striped", "checked", "target")
+
+
+def paint_shape(canvas, outline, texture, colours, centre, scale, angle):
+    """One shape onto each image: canvas [B,3,S,S] and colours [B,2,3] in 0..1, outline and texture
+    [B] numbers, centre [B,2] and scale [B] in halves of the image, angle [B] in radians."""
+    S, pick = canvas.shape[-1], torch.arange(len(canvas))
+    grid = (torch.arange(S, dtype=torch.float64) + 0.5) * 2 / S - 1         # [S]
+    centre, scale, angle = centre[..., None, None], scale[:, None, None], angle[:, None, None]
+    x, y = (grid - centre[:, 0]) / scale, (grid[:, None] - centre[:, 1]) / scale
+    x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x  # [B,S,S] the shape's own axes
+    r, ax, ay = (x * x + y * y).sqrt(), x.abs(), y.abs()
+    distance = torch.stack([                            # to the outline, negative inside; in OUTLINES' order
+        r - 0.9,
+        torch.maximum(ax, ay) - 0.8,
+        torch.maximum(0.87 * ax + 0.5 * y, -y) - 0.55,
+        torch.maximum(torch.minimum(ax, ay) - 0.3, torch.maximum(ax, ay) - 0.95),
+        (r - 0.65).abs() - 0.28,
+    ])[outline, pick]                                   # [B,S,S]
+    second = torch.stack([                              # where the second colour goes; in TEXTURES' order
+        r < 0,
+        (10 * x).sin() > 0,
+        (8 * x).sin() * (8 * y).sin() > 0,
+        (13 * r).sin() > 0,
+    ])[texture, pick]                                   # [B,S,S]
+    colour = torch.where(second[:, None], colours[:, 1, :, None, None], colours[:, 0, :, None, None])  # [B,3,S,S]
+    inside = (0.5 - distance * scale * S / 2).clamp(0, 1)[:, None]          # [B,1,S,S] soft at the edge
+    return canvas + (colour - canvas) * inside
+
+
+def draw_shapes(n_train=300, n_test=50, seed=0):
+    """The embedded data set: 20 classes, n_train and n_test images each, 32 x 32. The same
+    pixels everywhere: numpy's legacy stream never changes, and float64 leaves rounding no say."""
+    rng = np.random.RandomState(seed)
+
+    def draw(labels):                                   # [B] -> uint8 [B,3,32,32]
+        B = len(labels)
+
+        def uniform(low, high, *shape):
+            return torch.from_numpy(rng.uniform(low, high, (B, *shape)))
+
+        background = uniform(0, 1, 3)                   # [B,3]
+        canvas = background[:, :, None, None].expand(B, 3, 32, 32)
+        clutter = (torch.from_numpy(rng.randint(len(kind), size=B)) for kind in (OUTLINES, TEXTURES))
+        canvas = paint_shape(canvas, *clutter, uniform(0, 1, 2, 3), uniform(-1, 1, 2),
+                             uniform(0.15, 0.35), uniform(0, 2 * math.pi))
+        contrast = torch.tensor([[1 / 3], [2 / 3]], dtype=torch.float64)    # away from the background
+        colours = (background[:, None] + contrast + uniform(-0.15, 0.15, 2, 3)) % 1
+        canvas = paint_shape(canvas, labels % 5, labels % 4, colours, uniform(-0.08, 0.08, 2),
+                             uniform(0.65, 0.85), uniform(-0.2, 0.2))
+        noisy = canvas + uniform(-0.05, 0.05, 3, 32, 32)
+        return (noisy * 255).round().clamp(0, 255).to(torch.uint8)
+
+    y_train, y_test = (torch.arange(20).repeat_interleave(n) for n in (n_train, n_test))
+    x_train, x_test = (torch.cat([draw(part) for part in y.split(500)]) for y in (y_train, y_test))
+    names = [f"{TEXTURES[c % 4]} {OUTLINES[c % 5]}" for c in range(20)]
+    return Dataset(x_train, y_train, x_test, y_test, names)
+
+
+def class_balanced_rows(y, counts, n, rng):
+    """n rows drawn with replacement, each class equally likely: y [N] labels, counts [C] -> [n]."""
+    return torch.multinomial(1 / counts[y], n, replacement=True, generator=rng)
+
+
+# ---------------------------------------------------------------------------------------
+# 2. Views: random changes that leave the class alone, drawn anew for every image
+# ---------------------------------------------------------------------------------------
+
+def random_crop(x, rng):
+    """Pad by an eighth (4 pixels of 32) and cut the size back out: uint8 [B,3,H,W] -> same."""
+    B, _, H, W = x.shape
+    pad = H // 8
+    windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)  # [B,3,2*pad+1,2*pad+1,H,W], no copy
+    dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng, device=x.device)
+    return windows[torch.arange(B, device=x.device), :, dy, dx]    # [B,3,H,W]
+
+
+def random_flip(x, rng, p=0.5):
+    """Mirror left and right with probability p: [B,3,H,W] -> same."""
+    flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p
+    return torch.where(flip, x.flip(3), x)
+
+
+def random_grayscale(x, rng, p=0.2):
+    """Take the colour away with probability p: float [B,3,H,W] -> same."""
+    luma = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # [B,1,H,W]
+    return torch.where(torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p, luma, x)
+
+
+def random_view(x, rng):
+    """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1."""
+    x = random_flip(random_crop(x, rng), rng)
+    return random_grayscale(x.float() / 255, rng)
+
+
+# ---------------------------------------------------------------------------------------
+# 3. Networks: one backbone, two heads [H fig. 2]
+# ---------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.stride, self.pad = stride, (c_out - c_in) // 2
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + shortcut)
+
+
+class ResNet(nn.Sequential):
+    """The CIFAR ResNet of depth 6n+2 (He et al. 2016, sec. 4.2): [B,3,H,W] -> [B,64,H/4,W/4]."""
+
+    def __init__(self, depth):
+        n = (depth - 2) // 6
+        widths = [16] * (n + 1) + [32] * n + [64] * n
+        blocks = [Block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
+        super().__init__(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight)
+
+
+NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
+
+
+class Hybrid(nn.Module):
+    """Backbone, projection head (feature branch) and linear classifier (classifier branch).
+
+    Called on float images [B,3,H,W] in 0..1 it gives the classifier's logits [B,C]. mean and
+    std [3] are the training images' own and travel with the weights. amp: the dtype in which
+    the backbone alone computes; None is float32.
+    """
+
+    def __init__(self, net, num_classes, mean, std, dim=128, hidden=512, amp=None):
+        super().__init__()
+        self.encoder = ResNet(NETS[net])
+        self.head = nn.Sequential(nn.Linear(64, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                  nn.Linear(hidden, dim))
+        self.classifier = nn.Linear(64, num_classes)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes, dim), dim=1))  # PSC's, [C,D]
+        self.register_buffer("mean", mean.view(3, 1, 1))
+        self.register_buffer("std", std.view(3, 1, 1))
+        self.amp = amp
+
+    def features(self, x):
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
+            x = self.encoder(x)                         # [B,64,H/4,W/4]
+        return x.float().mean((2, 3))                   # [B,64]
+
+    def embed(self, features):
+        return F.normalize(self.head(features), dim=1)  # [B,D]
+
+    def forward(self, x):
+        return self.classifier(self.features(x))        # [B,C]
+
+
+# ---------------------------------------------------------------------------------------
+# 4. Losses: each is logsumexp over the candidates minus the similarity to a target
+#
+#          candidates in the logsumexp           target
+#   SC     all rows but the anchor               mean of the positives
+#   PSC    the prototypes of the other classes   the own class's prototype
+#   DSCL   all rows but the anchor, and memory   alpha * augmentation + (1-alpha) * mean of the positives
+#
+# Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
+# compute in float32 also inside autocast: at tau 0.07 a bfloat16 similarity is 4 % off in the
+# gradient. "Never" is the smallest finite number: -inf would turn a row without candidates NaN.
+# ---------------------------------------------------------------------------------------
+
+def sc_loss(z, y, tau=0.1):
+    """Supervised contrastive loss [H eq. 1-2] [S, L_out]. A scalar, float32 (float64 stays).
+
+    z: [B,D] unit embeddings, all views stacked.  y: [B] integer labels.  tau > 0.
+
+        L_i = -1/|P_i| sum_{j in P_i} log( exp(z_i.z_j/tau) / sum_{k != i} exp(z_i.z_k/tau) )
+
+    The mean over the anchors that have a positive; zero, with a zero gradient, if none has.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)              # [B,B]
+        positive = ((y[:, None] == y) & ~itself).to(z.dtype)                       # [B,B] 1 where j is in P_i
+        count = positive.sum(1)                                                    # [B] |P_i|
+        s = (z @ z.T / tau).masked_fill(itself, torch.finfo(z.dtype).min)          # [B,B]
+        target = positive @ z / count.clamp(min=1)[:, None]                        # [B,D]
+        loss = s.logsumexp(1) - (z * target).sum(1) / tau                          # [B]
+        return torch.where(count > 0, loss, 0).sum() / (count > 0).sum().clamp(min=1)
+
+
+def psc_loss(z, y, prototypes, tau=0.1):
+    """Prototypical supervised contrastive loss [H sec. 3.3]. A scalar, float32 (float64 stays).
+
+    z: [B,D] unit embeddings.  y: [B] labels 0..C-1.  prototypes: [C,D], normalised here, C > 1.
+
+        L_i = -log( exp(z_i.p_y/tau) / sum_{c != y} exp(z_i.p_c/tau) )
+
+    The own class is not in the denominator, so the loss can be negative. Costs O(B*C), SC O(B*B).
+    Raises ValueError for a single prototype: there is nothing to contrast with.
+    """
+    if len(prototypes) < 2:
+        raise ValueError("psc_loss needs the prototypes of two classes or more")
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        p = F.normalize(prototypes.to(z.dtype), dim=1)                             # [C,D]
+        s = z @ p.T / tau                                                          # [B,C]
+        others = s.scatter(1, y[:, None], torch.finfo(z.dtype).min)                # [B,C]
+        return (others.logsumexp(1) - s.gather(1, y[:, None])[:, 0]).mean()
+
+
+def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
+    """Decoupled supervised contrastive loss [D, L_dscl]. A scalar, float32 (float64 stays).
+
+    q: [N,D] the anchors.  k: [N,D] their augmentations, all of length 1.  y: [N] labels >= 0.
+    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot.
+    M_i: the other rows of q and k, and the queue.  P_i: the rows of M_i with anchor i's label.
+
+        L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
+        w_t = alpha (|P_i|+1)  for the augmentation i+,   (1-alpha) (|P_i|+1)/|P_i|  for a row of P_i
+
+    The weights add up to |P_i|+1, hence the form below. SC pulls augmentation and class by
+    1 : |P_i|, less and less as the class grows; here it is alpha : 1-alpha for head and tail.
+    An anchor alone in its class gives all the weight to its augmentation.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q = q.to(torch.promote_types(q.dtype, torch.float32))
+        rows, labels = torch.cat([k.to(q.dtype), q]), torch.cat([y, y])            # [2N,D], [2N]
+        if queue is not None:
+            rows, labels = torch.cat([rows, queue.to(q.dtype)]), torch.cat([labels, queue_y])  # [2N+K,D], [2N+K]
+        N, column = len(q), torch.arange(len(rows), device=q.device)
+        augmentation = column == column[:N, None]                                  # [N,2N+K]
+        barred = (column == column[:N, None] + N) | (labels == -1)                 # [N,2N+K] itself, empty slots
+        positive = ((y[:, None] == labels) & ~augmentation & ~barred).to(q.dtype)  # [N,2N+K] 1 where in P_i
+        count = positive.sum(1)                                                    # [N] |P_i|
+        s = (q @ rows.T / tau).masked_fill(barred, torch.finfo(q.dtype).min)       # [N,2N+K]
+        s_augmentation = s.diagonal()                                              # [N]
+        s_class = (q * (positive @ rows)).sum(1) / count.clamp(min=1) / tau        # [N] mean over P_i
+        weight = torch.ones_like(count).masked_fill(count > 0, alpha)              # [N]
+        return (s.logsumexp(1) - weight * s_augmentation - (1 - weight) * s_class).mean()
+
+
+@torch.no_grad()
+def embedding_statistics(q, k, y):
+    """Does contrast learn? Mean cosine of same-class and of other pairs, q against k [N,D],
+    and the embeddings' spread: 0 all in one point, 1 even over the sphere. Scalar tensors."""
+    cosine, same = q @ k.T, y[:, None] == y             # [N,N], [N,N]
+    positive = (cosine * same).sum() / same.sum()
+    negative = (cosine * ~same).sum() / (~same).sum().clamp(min=1)
+    spread = q.var(0, correction=0).sum().sqrt()
+    return dict(cos_positive=positive, cos_negative=negative, spread=spread)
+
+
+# ---------------------------------------------------------------------------------------
+# 5. Curriculum: from features to classifier [H sec. 3.4], and the learning rate
+# ---------------------------------------------------------------------------------------
+
+CURRICULA = {  # the contrast weight at t = T/Tmax in 0..1; [H]'s choice first, then its ablation
+    "parabolic": lambda t: 1 - t ** 2,
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: math.cos(math.pi / 2 * t),
+    "constant": lambda t: 0.5,
+}
+
+
+def contrast_weight(epoch, epochs, curriculum="parabolic"):
+    """w(T) of L = w(T) L_con + (1-w(T)) L_ce [H eq. 6], for epoch T = 0..epochs-1."""
+    return CURRICULA[curriculum](epoch / epochs)
+
+
+def learning_rate(t, c):
+    """At t epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after 80 %
+    of all epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. c: Config."""
+    if 0 < t <= c.warmup:
+        return c.lr * t / c.warmup
+    if c.schedule == "step":
+        return c.lr * 0.1 ** ((t > 0.6 * c.epochs) + (t > 0.8 * c.epochs))
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (t - c.warmup) / (c.epochs - c.warmup)))
+
+
+# ---------------------------------------------------------------------------------------
+# 6. Settings: a field here is a flag of train.py
+# ---------------------------------------------------------------------------------------
+
+def setting(default, help, choices=None, low=None, high=None):
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+TINY = 1e-9  # "above zero", as a bound
+
+
+@dataclass
+class Config:
+    """[H]'s CIFAR settings are the defaults; PRESETS holds what other data sets change."""
+    dataset: str = setting("shapes", "shapes, cifar10, cifar100 or the path of an .npz file")
+    imb: float = setting(100.0, "images of the largest class over those of the smallest; 1: all, as it is", low=1)
+    method: str = setting("dscl", "contrastive loss; ce: cross-entropy alone", ["ce", "sc", "psc", "dscl"])
+    data: str = setting("data", "folder of the downloaded data sets")
+    out: str = setting("", "folder of the run; empty: a new one under runs/")
+    net: str = setting("resnet32", "backbone", list(NETS))
+    epochs: int = setting(200, "passes over the training set", low=1)
+    batch_size: int = setting(512, "images a step, in each branch", low=1)
+    lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
+    momentum: float = setting(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = setting(1e-4, "L2 penalty", low=0)
+    warmup: float = setting(5.0, "epochs of linear warm-up", low=0)
+    schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
+    tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
+    alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
+    curriculum: str = setting("parabolic", "contrast weight over the epochs", list(CURRICULA))
+    seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
+    device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
+    amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, m = getattr(self, f.name), f.metadata
+            name = "--" + f.name.replace("_", "-")
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, value := float(value))
+            require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
+            require(m["choices"] is None or value in m["choices"],
+                    f"{name} {value!r} is unknown: choose {', '.join(m['choices'] or [])}")
+            require(f.type is not float or math.isfinite(value), f"{name} is {value}: give a finite number")
+            require(m["low"] is None or value >= m["low"], f"{name} is {value}: it must be "
+                    + ("above 0" if m["low"] == TINY else f"{m['low']} or more"))
+            require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be {m['high']} or less")
+
+    @classmethod
+    def of(cls, **given):
+        """The data set's preset, overridden by what is given."""
+        dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
+        return cls(**PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {}) | given)
+
+
+PRESETS = {
+    "shapes": dict(net="resnet8", epochs=20, batch_size=32, lr=0.2, warmup=2.0),
+    "cifar10": {},
+    "cifar100": {},
+    ("cifar10", "psc"): dict(tau=1.0),  # [H sec. 4.2]
+    ".npz": dict(imb=1.0),              # your own images are taken as they are
+}
+
+
+# ---------------------------------------------------------------------------------------
+# 7. Trainer: the hybrid [H fig. 2]
+# ---------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """A torch.device that works here. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # torch raises all kinds
+        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}): try --device cpu") from None
+
+
+def pick_amp(name, device):
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def shot_groups(counts):
+    """Classes by training images, counts [C]: many > 100, medium 20-100, few < 20. Masks [C]."""
+    return dict(many=counts > 100, medium=(counts >= 20) & (counts <= 100), few=counts < 20)
+
+
+def accuracy(predicted, y, counts):
+    """Accuracy in % on a test set [M], over all images (top1), as the mean over classes (balanced)
+    and over those of each shot group; None for a group without classes."""
+    C, hit = len(counts), (predicted == y).double()
+    by_class = 100 * torch.zeros(C).double().index_add(0, y, hit) / torch.bincount(y, minlength=C)  # [C]
+    return dict(top1=100 * hit.mean().item(), balanced=by_class.mean().item(),
+                **{name: by_class[g].mean().item() if g.any() else None for name, g in shot_groups(counts).items()})
+
+
+class Trainer:
+    """One training run: all that changes while it trains is in here.
+
+    config: Config.  data: Dataset, thinned here to --imb. Raises InputError where they do not
+    fit together, and during training when the loss stops being a number.
+    """
+
+    def __init__(self, config, data):
+        self.config, self.epoch = config, 0             # epochs done
+        self.device = pick_device(config.device)
+        kept = torch.from_numpy(long_tail_indices(data.y_train, config.imb))
+        require(config.batch_size <= len(kept), f"--batch-size {config.batch_size} is more than the "
+                f"{len(kept)} training images: take a smaller one")
+        self.steps = len(kept) // config.batch_size     # an epoch; the incomplete last batch is left out
+        self.x, self.y = data.x_train[kept].to(self.device), data.y_train[kept].to(self.device)
+        self.x_test, self.y_test = data.x_test.to(self.device), data.y_test
+        self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])  # C, [C]
+        self.class_size = self.counts.float().to(self.device)                                 # [C]
+        std, mean = torch.std_mean(data.x_train[kept].float() / 255, (0, 2, 3))               # [3], [3]
+        amp = pick_amp(config.amp, self.device)
+        with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
+            torch.manual_seed(config.seed)
+            net = Hybrid(config.net, len(self.counts), mean, std.clamp(min=1 / 255), amp=amp)
+        self.net = net.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), config.lr, config.momentum,
+                                         weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        self.rng = torch.Generator(self.device).manual_seed(config.seed)  # of batches and views
+
+    def contrast_loss(self, q, k, y):
+        """Of two views' embeddings [N,D] each; every view is an anchor once."""
+        c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
+        if c.method == "sc":
+            return sc_loss(z, yy, c.tau)
+        if c.method == "psc":
+            return psc_loss(z, yy, self.net.prototypes, c.tau)
+        return (dscl_loss(q, k, y, alpha=c.alpha, tau=c.tau) + dscl_loss(k, q, y, alpha=c.alpha, tau=c.tau)) / 2
+
+    def losses(self, rows, weight):
+        """The loss of a step and what it is made of. rows: [N] the instance-balanced batch;
+        weight: the contrast weight. One forward pass for all views, so that the BatchNorm
+        statistics are those of what the classifier meets."""
+        N, y, contrast = len(rows), self.y[rows], self.config.method != "ce"
+        rows_ce = class_balanced_rows(self.y, self.class_size, N, self.rng) if contrast else rows   # [N]
+        batches = [rows, rows, rows_ce] if contrast else [rows_ce]
+        x = torch.cat([random_view(self.x[r], self.rng) for r in batches])          # [3N,3,H,W]
+        f = self.net.features(x)                                                    # [3N,64]
+        loss_ce = F.cross_entropy(self.net.classifier(f[-N:]), self.y[rows_ce])
+        if not contrast:
+            return loss_ce, dict(loss=loss_ce, loss_ce=loss_ce)
+        q, k = self.net.embed(f[:2 * N]).chunk(2)                                   # [N,D] each
+        loss_contrast = self.contrast_loss(q, k, y)
+        loss = weight * loss_contrast + (1 - weight) * loss_ce                      # [H eq. 6]
+        return loss, dict(loss=loss, loss_contrast=loss_contrast, loss_ce=loss_ce, **embedding_statistics(q, k, y))
+
+    def train_epoch(self, tick=lambda step: None):
+        """Once over the training set. Returns the epoch's means; nothing is read from the
+        device before its end. tick is called before every step."""
+        c, history = self.config, []
+        weight = 0.0 if c.method == "ce" else contrast_weight(self.epoch, c.epochs, c.curriculum)
+        order = torch.randperm(len(self.y), generator=self.rng, device=self.device)
+        self.net.train()
+        for i in range(self.steps):
+            tick(i)
+            lr = learning_rate(self.epoch + (i + 1) / self.steps, c)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            loss, parts = self.losses(order[i * c.batch_size:(i + 1) * c.batch_size], weight)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            history.append(torch.stack(list(parts.values())).detach())
+        table = torch.stack(history).cpu()              # [steps, parts]
+        broken = ~table[:, 0].isfinite()                # [steps]
+        broken[-1] |= not all(t.isfinite().all() for t in self.net.state_dict().values())
+        self.epoch += 1
+        require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch}, step "
+                f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt keeps the epoch before")
+        return dict(zip(parts, table.mean(0).tolist()), contrast_weight=weight, lr=lr)
+
+    @torch.inference_mode()
+    def evaluate(self):
+        """Accuracy of the classifier branch on the whole test set, see accuracy()."""
+        self.net.eval()
+        logits = [self.net(x.float() / 255) for x in self.x_test.split(1000)]       # [1000,C] each
+        return accuracy(torch.cat(logits).argmax(1).cpu(), self.y_test, self.counts)
+
+    def state_dict(self):
+        """Plain values and tensors alone: loads with weights_only=True."""
+        return dict(epoch=self.epoch, net=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict(), rng=self.rng.get_state(), config=asdict(self.config),
+                    class_names=self.class_names, counts=self.counts.tolist())

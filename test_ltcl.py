@@ -1,0 +1,515 @@
+"""Tests: python -m pytest -q"""
+
+import inspect
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import ltcl
+import train
+
+HERE = Path(__file__).resolve().parent
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    z = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(z, dim=-1).to(dtype)
+
+
+# --- losses: oracles, as the papers write them ---------------------------------------------
+
+def naive_sc(z, y, tau):
+    terms = []
+    for i in range(len(z)):
+        others = [k for k in range(len(z)) if k != i]
+        positives = [j for j in others if y[j] == y[i]]
+        below = sum((torch.exp(z[i] @ z[k] / tau) for k in others), torch.zeros(()).double())
+        if positives:
+            terms.append(-sum(torch.log(torch.exp(z[i] @ z[j] / tau) / below) for j in positives) / len(positives))
+    return sum(terms) / len(terms) if terms else 0 * z.sum()
+
+
+def naive_psc(z, y, prototypes, tau):
+    p = [p / p.norm() for p in prototypes]
+    terms = [-torch.log(torch.exp(z[i] @ p[y[i]] / tau)
+                        / sum(torch.exp(z[i] @ p[c] / tau) for c in range(len(p)) if c != y[i])) for i in range(len(z))]
+    return sum(terms) / len(terms)
+
+
+def naive_dscl(q, k, y, queue, queue_y, alpha, tau):
+    terms = []
+    for i in range(len(q)):
+        memory = [(row[j], y[j]) for j in range(len(q)) if j != i for row in (q, k)]
+        memory += [(row, label) for row, label in zip(queue, queue_y) if label != -1]
+        below = sum(torch.exp(q[i] @ row / tau) for row, _ in memory + [(k[i], y[i])])
+        positives = [row for row, label in memory if label == y[i]]
+        P = len(positives)
+        weighted = [(1.0 if P == 0 else alpha * (P + 1), k[i])] + [((1 - alpha) * (P + 1) / P, row) for row in positives]
+        terms.append(-sum(torch.log(torch.exp(w * (row @ q[i]) / tau) / below) for w, row in weighted) / (P + 1))
+    return sum(terms) / len(terms)
+
+
+LABELS = [[0, 0, 1, 1, 2, 0], [0, 1, 2, 3, 4, 5], [3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 0, 1], [7, 7, 2, 2, 7, 2]]
+
+
+def same_value_and_gradient(ours, oracle, inputs):
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    a, b = ours(*inputs), oracle(*inputs)
+    assert a.dtype == torch.float64 and a.shape == ()
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for g, h in zip(*(torch.autograd.grad(loss, inputs, materialize_grads=True) for loss in (a, b))):
+        torch.testing.assert_close(g, h, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_losses_against_double_loops(labels, tau):
+    y = torch.tensor(labels)
+    q, k, p = unit(6, 5), unit(6, 5, seed=1), 3 * unit(9, 5, seed=2)
+    same_value_and_gradient(lambda z: ltcl.sc_loss(z, y, tau), lambda z: naive_sc(z, y, tau), [q])
+    same_value_and_gradient(lambda z, p: ltcl.psc_loss(z, y, p, tau), lambda z, p: naive_psc(z, y, p, tau), [q, p])
+    for queue, queue_y in ((unit(0, 5), []), (unit(7, 5, seed=3), [0, -1, 1, 3, -1, 7, 0])):
+        for alpha in (0.0, 0.1, 1.0):
+            same_value_and_gradient(
+                lambda q, k, m: ltcl.dscl_loss(q, k, y, m, torch.tensor(queue_y).long(), alpha, tau),
+                lambda q, k, m: naive_dscl(q, k, y, m, queue_y, alpha, tau), [q, k, queue])
+
+
+def test_dscl_without_queue_equals_an_empty_one():
+    q, k, y = unit(6, 5), unit(6, 5, seed=1), torch.tensor(LABELS[0])
+    assert ltcl.dscl_loss(q, k, y) == ltcl.dscl_loss(q, k, y, unit(4, 5, seed=2), torch.full((4,), -1))
+
+
+def test_dscl_with_the_share_of_sc_is_sc():
+    y = torch.arange(4).repeat(3)                       # three images a class, so |P_i| = 4 and alpha = 1/5
+    q, k = unit(12, 8), unit(12, 8, seed=1)
+    both = (ltcl.dscl_loss(q, k, y, alpha=1 / 5) + ltcl.dscl_loss(k, q, y, alpha=1 / 5)) / 2
+    torch.testing.assert_close(both, ltcl.sc_loss(torch.cat([q, k]), torch.cat([y, y])), rtol=1e-12, atol=0)
+
+
+def test_dscl_draws_the_augmentation_with_probability_alpha():
+    """[D]: at convergence p(z_i+ | z_i) = alpha in every class; in SC it falls with the class's size."""
+    y = torch.tensor([0] * 2 + [1] * 4 + [2] * 8)
+
+    def share(loss):                                    # p(z_i+ | z_i), the mean of each class
+        q, k = (torch.randn(14, 32, generator=torch.Generator().manual_seed(s)).double().requires_grad_() for s in (0, 1))
+        optimizer = torch.optim.Adam([q, k], 0.02)
+        for _ in range(500):
+            optimizer.zero_grad()
+            loss(F.normalize(q, dim=1), F.normalize(k, dim=1)).backward()
+            optimizer.step()
+        q, k = F.normalize(q, dim=1).detach(), F.normalize(k, dim=1).detach()
+        s = (q @ torch.cat([k, q]).T / 0.1).masked_fill(torch.eye(14).repeat(1, 2).bool() & (torch.arange(28) >= 14), -math.inf)
+        p = s.softmax(1).diagonal()
+        return torch.stack([p[y == c].mean() for c in range(3)])
+
+    torch.testing.assert_close(share(lambda q, k: ltcl.dscl_loss(q, k, y, alpha=0.3)), torch.full((3,), 0.3).double(),
+                               rtol=0.02, atol=0)
+    sc = share(lambda q, k: ltcl.sc_loss(torch.cat([q, k]), torch.cat([y, y])))
+    torch.testing.assert_close(sc, torch.tensor([1 / 3, 1 / 7, 1 / 15]).double(), rtol=0.05, atol=0)
+
+
+def all_losses(z, y, tau, k=None):
+    p = torch.eye(8, z.shape[1], dtype=z.dtype) + 0.1
+    return [ltcl.sc_loss(z, y, tau), ltcl.psc_loss(z, y, p, tau), ltcl.dscl_loss(z, z if k is None else k, y, tau=tau),
+            ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau)]
+
+
+@pytest.mark.parametrize("labels", [*LABELS, [0], [0, 1], [5, 5]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_losses_are_finite(labels, dtype):
+    for tau in (0.01, 0.07, 1.0):
+        for i in range(4):
+            z = unit(len(labels), 8, dtype=dtype).requires_grad_()
+            loss = all_losses(z, torch.tensor(labels), tau)[i]
+            loss.backward()
+            assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_sc_without_positives_is_zero_with_zero_gradient():
+    z = unit(4, 8).requires_grad_()
+    loss = ltcl.sc_loss(z, torch.arange(4))
+    loss.backward()
+    assert loss == 0 and (z.grad == 0).all()
+
+
+def test_psc_of_one_prototype_is_refused():
+    with pytest.raises(ValueError, match="two classes"):
+        ltcl.psc_loss(unit(2, 4), torch.zeros(2).long(), unit(1, 4))
+
+
+def test_permuting_the_batch_changes_nothing():
+    y, order = torch.tensor([0, 0, 1, 2, 1, 0, 3, 4]), torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    z, k = unit(8, 8), unit(8, 8, seed=1)
+    for a, b in zip(all_losses(z, y, 0.1, k)[:3], all_losses(z[order], y[order], 0.1, k[order])[:3]):
+        torch.testing.assert_close(a, b)
+
+
+def test_losses_leave_autocast():
+    z, y = unit(6, 8, dtype=torch.float32), torch.tensor(LABELS[0])
+    outside = all_losses(z, y, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all_losses(z, y, 0.1) == outside
+
+
+@pytest.mark.parametrize("loss", [ltcl.sc_loss, ltcl.psc_loss, ltcl.dscl_loss])
+def test_a_loss_works_pasted_alone(loss):
+    space = {}
+    exec("import torch\nimport torch.nn.functional as F\n" + inspect.getsource(loss), space)
+    z, y = unit(6, 8), torch.tensor(LABELS[0])
+    more = {"sc_loss": (y,), "psc_loss": (y, unit(3, 8)), "dscl_loss": (unit(6, 8, seed=1), y, unit(2, 8), y[:2])}
+    args = more[loss.__name__]
+    assert space[loss.__name__](z, *args) == loss(z, *args)
+
+
+# --- data and views ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_max, C, totals", [(5000, 10, (12406, 13996, 20431)), (500, 100, (10847, 12608, 19573))])
+def test_long_tail_totals(n_max, C, totals):
+    for imb, total in zip((100, 50, 10), totals):
+        counts = ltcl.long_tail_counts(n_max, C, imb)
+        assert sum(counts) == total and counts[0] == n_max and counts[-1] == n_max // imb
+    assert ltcl.long_tail_counts(n_max, C, 1) == [n_max] * C
+
+
+def test_shot_groups_of_cifar():
+    for n_max, C, sizes in ((500, 100, [35, 35, 30]), (5000, 10, [8, 2, 0])):
+        groups = ltcl.shot_groups(torch.tensor(ltcl.long_tail_counts(n_max, C, 100)))
+        assert [int(g.sum()) for g in groups.values()] == sizes
+
+
+def test_long_tail_indices_follow_the_protocol():
+    labels = np.random.RandomState(1).permutation(np.repeat(np.arange(10), 60))
+    np.random.seed(0)                                   # the protocol as the field's code has it, on the global stream
+    expected = []
+    for c in range(10):
+        rows = np.where(labels == c)[0]
+        np.random.shuffle(rows)
+        expected.extend(rows[:int(60 * (1 / 20) ** (c / 9))])
+    np.random.seed(7)
+    state = np.random.get_state()[1].copy()
+    rows = ltcl.long_tail_indices(labels, 20)
+    assert rows.dtype == np.int64 and rows.tolist() == expected
+    assert (np.random.get_state()[1] == state).all()    # and the global stream is left alone
+    assert sorted(ltcl.long_tail_indices(labels, 1)) == list(range(600))
+
+
+def test_class_balanced_rows():
+    y = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    rows = ltcl.class_balanced_rows(y, torch.bincount(y).float(), 30000, torch.Generator().manual_seed(0))
+    assert ((torch.bincount(y[rows]) - 10000).abs() < 300).all()        # 300 is 3.7 standard deviations
+    assert ((torch.bincount(rows[y[rows] == 2])[990:] - 1000).abs() < 130).all()
+
+
+def test_shapes_are_the_same_pixels_everywhere():
+    data = ltcl.draw_shapes(n_train=20, n_test=5)
+    assert data.x_train.shape == (400, 3, 32, 32) and data.x_train.dtype == torch.uint8
+    assert [zlib.crc32(x.numpy().tobytes()) for x in (data.x_train, data.x_test)] == [3215430779, 228258810]
+    assert len(set(data.class_names)) == 20
+
+
+def test_views_are_drawn_for_each_image():
+    x = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).expand(256, -1, -1, -1)
+    rng = torch.Generator().manual_seed(0)
+    one, two = ltcl.random_view(x, rng), ltcl.random_view(x, rng)
+    assert one.shape == x.shape and 0 <= one.min() and one.max() <= 1
+    assert len({zlib.crc32(v.numpy().tobytes()) for v in one}) > 120    # 9*9*2 views of an image, a fifth of them grey
+    assert sum(bool((a == b).all()) for a, b in zip(one, two)) < 10     # the two views are independent
+    grey = (one[:, 0] == one[:, 1]).all(2).all(1).float().mean()
+    assert 0.1 < grey < 0.3
+    flipped = ltcl.random_flip(x, rng)
+    mirrored = (flipped == x.flip(3)).flatten(1).all(1)
+    assert 90 < mirrored.sum() < 166 and (mirrored | (flipped == x).flatten(1).all(1)).all()
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_a_crop_is_a_window_of_the_padded_image(size):
+    x = torch.randint(1, 256, (40, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    crops, pad, shifts = ltcl.random_crop(x, torch.Generator().manual_seed(0)), size // 8, set()
+    padded = F.pad(x, [pad] * 4)
+    for image, crop in zip(padded, crops):
+        found = [(i, j) for i in range(2 * pad + 1) for j in range(2 * pad + 1)
+                 if (image[:, i:i + size, j:j + size] == crop).all()]
+        assert len(found) == 1
+        shifts.update(found)
+    assert len(shifts) > 20
+
+
+# --- networks, curriculum, trainer ---------------------------------------------------------
+
+@pytest.mark.parametrize("net, parameters", [("resnet20", 269722), ("resnet32", 464154), ("resnet56", 853018)])
+def test_parameter_counts(net, parameters):             # He et al. 2016, table 6, with 10 classes
+    hybrid = ltcl.Hybrid(net, 10, torch.zeros(3), torch.ones(3))
+    assert sum(p.numel() for part in (hybrid.encoder, hybrid.classifier) for p in part.parameters()) == parameters
+    assert hybrid(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+    z = hybrid.embed(hybrid.features(torch.rand(4, 3, 64, 64)))
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(4))
+
+
+def test_curricula_and_learning_rate():
+    assert [ltcl.contrast_weight(t, 10) for t in (0, 5)] == [1, 0.75]
+    assert ltcl.contrast_weight(5, 10, "linear") == 0.5 and ltcl.contrast_weight(9, 10, "constant") == 0.5
+    assert ltcl.contrast_weight(5, 10, "cosine") == pytest.approx(math.sqrt(0.5))
+    c = ltcl.Config.of(dataset="cifar100")
+    assert [ltcl.learning_rate(t, c) for t in (1, 5, 120, 120.1, 160, 160.1, 200)] == pytest.approx(
+        [0.1, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+    c.schedule = "cosine"
+    assert ltcl.learning_rate(102.5, c) == pytest.approx(0.25) and ltcl.learning_rate(200, c) == pytest.approx(0)
+    c.epochs = 5                                        # warm-up to the end
+    assert ltcl.learning_rate(5, c) == 0.5
+
+
+def test_accuracy_of_groups():
+    counts = torch.tensor([200, 50, 50, 5])
+    y = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    result = ltcl.accuracy(torch.tensor([0, 0, 1, 0, 0, 0, 3, 0]), y, counts)
+    assert result == dict(top1=50, balanced=50, many=100, medium=25, few=50)
+    assert ltcl.accuracy(y, y, counts + 100)["few"] is None
+    skewed = ltcl.accuracy(torch.zeros(4).long(), torch.tensor([0, 0, 0, 1]), torch.tensor([200, 200]))
+    assert skewed["top1"] == 75 and skewed["balanced"] == 50 == skewed["many"]
+
+
+def arrays(n=(12, 6, 3), test=2, size=8, grey=False, seed=0):
+    """Tiny images that tell their class by brightness."""
+    rng = np.random.RandomState(seed)
+    y = {"train": np.repeat(np.arange(len(n)), n), "test": np.repeat(np.arange(len(n)), test)}
+    channels = () if grey else (3,)
+    x = {part: (rng.randint(60, size=(len(labels), size, size, *channels))
+                + labels.reshape(-1, 1, 1, *[1] * len(channels)) * 60).astype(np.uint8) for part, labels in y.items()}
+    return dict(x_train=x["train"], y_train=y["train"], x_test=x["test"], y_test=y["test"])
+
+
+def write_npz(path, **changes):
+    kept = {key: value for key, value in (arrays() | changes).items() if value is not None}
+    np.savez(path, **kept)
+    return str(path)
+
+
+TINY = ["--net", "resnet8", "--epochs", "2", "--batch-size", "8", "--lr", "0.05", "--device", "cpu"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return ["--dataset", write_npz(tmp_path / "tiny.npz"), *TINY]
+
+
+def test_every_method_end_to_end(tiny, tmp_path, capsys):
+    for method in ("ce", "sc", "psc", "dscl"):
+        out = tmp_path / method
+        assert train.main([*tiny, "--method", method, "--out", str(out)]) == 0
+        shown = capsys.readouterr().out
+        for words in ("top-1", "many", "medium", "few", "chance %", "n/a", "33.33", "To try next: python train.py"):
+            assert words in shown
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert [e["epoch"] for e in log] == [1, 2] and log[0].keys() == train.EPOCH.keys()
+        assert log[1]["many"] is None and log[1]["medium"] is None and log[1]["few"] == log[1]["balanced"]
+        contrast = [log[1][key] for key in ("loss_contrast", "cos_positive", "cos_negative", "spread")]
+        assert all(v is None for v in contrast) if method == "ce" else all(math.isfinite(v) for v in contrast)
+        for e in log:
+            mixed = e["contrast_weight"] * (e["loss_contrast"] or 0) + (1 - e["contrast_weight"]) * e["loss_ce"]
+            assert e["loss"] == pytest.approx(mixed, abs=1e-5)
+        assert log[1]["contrast_weight"] == (0 if method == "ce" else 0.75)
+        saved = torch.load(out / "last.pt", weights_only=True)
+        assert saved["epoch"] == 2 and saved["counts"] == [12, 6, 3] and saved["class_names"] == ["0", "1", "2"]
+        x = torch.from_numpy(arrays()["x_train"]).float() / 255
+        std, mean = torch.std_mean(x, (0, 1, 2))
+        torch.testing.assert_close(saved["net"]["mean"].flatten(), mean)
+        torch.testing.assert_close(saved["net"]["std"].flatten(), std)
+        assert json.loads((out / "config.json").read_text())["method"] == method
+        assert sorted(p.name for p in out.iterdir()) == ["config.json", "last.pt", "log.jsonl", "views.png"]
+
+
+def test_one_seed_twice_is_identical_and_another_is_not(tiny, tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        torch.manual_seed(len(name) + int(seed))        # the global stream must not matter
+        assert train.main([*tiny, "--seed", seed, "--out", str(tmp_path / name)]) == 0
+    a, b, c = (torch.load(tmp_path / name / "last.pt", weights_only=True)["net"] for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["classifier.weight"], c["classifier.weight"])
+
+
+def test_it_learns():
+    whole = ltcl.draw_shapes(n_train=60, n_test=20, seed=1)
+    train_rows, test_rows = whole.y_train < 2, whole.y_test < 2     # plain discs and striped squares
+    data = ltcl.Dataset(whole.x_train[train_rows], whole.y_train[train_rows], whole.x_test[test_rows],
+                        whole.y_test[test_rows], ["disc", "square"])
+    trainer = ltcl.Trainer(ltcl.Config.of(imb=2, epochs=20, batch_size=16, lr=0.05, device="cpu"), data)
+    first, *_, last = [trainer.train_epoch() for _ in range(20)]
+    assert trainer.evaluate()["top1"] >= 90
+    gaps = [epoch["cos_positive"] - epoch["cos_negative"] for epoch in (first, last)]
+    assert gaps[1] > gaps[0] + 0.2
+
+
+@pytest.mark.parametrize("grey, size", [(True, 28), (False, 64)])
+def test_other_images(grey, size, tmp_path):
+    path = write_npz(tmp_path / "other.npz", **arrays(grey=grey, size=size), class_names=np.array(["cat", "dog", "ant"]))
+    assert train.main(["--dataset", path, *TINY, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    data = ltcl.load_dataset(path)
+    assert data.x_train.shape == (21, 3, size, size) and data.class_names == ["cat", "dog", "ant"]
+    if grey:
+        assert (data.x_train[:, 0] == data.x_train[:, 2]).all()
+
+
+def test_mixed_precision_on_the_cpu(tiny, tmp_path):
+    for amp in ("bf16", "fp16"):
+        assert train.main([*tiny, "--amp", amp, "--out", str(tmp_path / amp)]) == 0
+
+
+def test_the_command_line_itself(tiny, tmp_path):
+    run = subprocess.run([sys.executable, str(HERE / "train.py"), *tiny], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("min left") == 2 and "Saved in" in run.stdout
+    assert (tmp_path / "runs" / "tiny-imb1-dscl-resnet8-seed0-1" / "last.pt").is_file()     # beside the user, not the code
+
+
+# --- downloads, with torchvision's class stood in for ----------------------------------------
+
+class StandIn:
+    def __init__(self, root, train, download):
+        a, part = arrays(), "train" if train else "test"
+        assert download and Path(root).is_dir()
+        (Path(root) / "archive.tar.gz").write_bytes(b"leftover")
+        self.data, self.targets, self.classes = a["x_" + part], a["y_" + part].tolist(), ["x", "y", "z"]
+
+
+def test_cifar_is_downloaded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", StandIn)
+    first = ltcl.load_dataset("cifar100", tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["cifar100.npz"]
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", None)
+    again = ltcl.load_dataset("cifar100", tmp_path / "new")
+    assert torch.equal(first.x_train, again.x_train) and again.class_names == ["x", "y", "z"]
+    assert (first.x_train.permute(0, 2, 3, 1).numpy() == arrays()["x_train"]).all()
+
+
+def test_no_network(tmp_path, monkeypatch, capsys):
+    class Offline:
+        def __init__(self, root, **kwargs):
+            (Path(root) / "half").write_bytes(b"")
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Offline)
+    refused(capsys, tmp_path, ["--dataset", "cifar10", "--data", str(tmp_path)], "cifar10", str(tmp_path / "cifar10.npz"))
+
+
+# --- bad input: one line, status 2, nothing written ------------------------------------------
+
+def refused(capsys, folder, argv, *words):
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    status = train.main([str(a) for a in argv])
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "cifar11"], ["cifar11", "shapes"]),
+    (["--dataset", "nowhere.npz"], ["nowhere.npz", "does not exist"]),
+    (["--method", "simclr"], ["simclr", "dscl"]),
+    (["--net", "vgg"], ["vgg", "resnet32"]),
+    (["--curriculum", "steep"], ["steep", "parabolic"]),
+    (["--schedule", "none"], ["none", "cosine"]),
+    (["--amp", "fp8"], ["fp8", "bf16"]),
+    (["--imb", "0.5"], ["--imb", "1"]),
+    (["--imb", "nan"], ["--imb", "finite"]),
+    (["--imb", "1000"], ["1000", "class 16", "300"]),
+    (["--imb", "many"], ["--imb", "many"]),
+    (["--epochs", "0"], ["--epochs", "1 or more"]),
+    (["--epochs", "2.5"], ["--epochs", "2.5"]),
+    (["--batch-size", "0"], ["--batch-size"]),
+    (["--batch-size", "100000"], ["--batch-size", "100000", "smaller"]),
+    (["--lr", "0"], ["--lr", "above 0"]),
+    (["--lr", "inf"], ["--lr", "finite"]),
+    (["--tau", "-1"], ["--tau", "above 0"]),
+    (["--alpha", "1.5"], ["--alpha", "1 or less"]),
+    (["--momentum", "-0.1"], ["--momentum"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--learning-rate", "1"], ["--learning-rate", "--help"]),
+    (["--ep", "1"], ["--ep"]),
+    (["stray"], ["stray"]),
+])
+def test_bad_flags(flags, words, tmp_path, capsys):
+    refused(capsys, tmp_path, ["--out", tmp_path / "run", *flags], *words)
+
+
+def test_an_unusable_device(tmp_path, capsys):
+    if not torch.cuda.is_available():
+        refused(capsys, tmp_path, ["--out", tmp_path / "run", "--device", "cuda"], "cuda", "--device cpu")
+
+
+A = arrays()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(x_test=None), ["x_test"]),
+    (dict(y_train=None, y_test=None), ["y_test, y_train"]),
+    (dict(x_train=A["x_train"].astype(np.float32)), ["x_train", "float32", "uint8"]),
+    (dict(x_train=A["x_train"][..., :2]), ["x_train", "[21, 8, 8, 2]"]),
+    (dict(x_test=A["x_test"][:, :4, :4]), ["differ in size"]),
+    (dict(y_train=A["y_train"][:-1]), ["y_train", "[20]"]),
+    (dict(y_train=A["y_train"].astype(float)), ["y_train", "float64"]),
+    (dict(y_train=A["y_train"] - 1), ["y_train", "negative"]),
+    (dict(y_test=A["y_test"] + 1), ["y_test", "label 3"]),
+    (dict(y_train=A["y_train"] * 2, y_test=A["y_test"] * 2), ["class 1", "y_train"]),
+    (dict(x_test=A["x_test"][:4], y_test=A["y_test"][:4]), ["class 2", "y_test"]),
+    (dict(x_train=A["x_train"][:0], y_train=A["y_train"][:0]), ["y_train", "empty"]),
+    (dict(y_train=A["y_train"] * 0, y_test=A["y_test"] * 0), ["one class"]),
+    (dict(class_names=np.array(["a", "b"])), ["2 class_names", "3 classes"]),
+    (dict(class_names=np.array(["a", "b", None])), ["class_names", "savez"]),
+])
+def test_bad_npz(changes, words, tmp_path, capsys):
+    path = write_npz(tmp_path / "bad.npz", **changes)
+    refused(capsys, tmp_path, ["--dataset", path, *TINY, "--out", tmp_path / "run"], *words)
+
+
+def test_broken_npz(tmp_path, capsys):
+    whole = Path(write_npz(tmp_path / "whole.npz")).read_bytes()
+    single = io.BytesIO()
+    np.save(single, np.zeros(3))
+    for name, content in (("cut", whole[:len(whole) // 2]), ("empty", b""), ("text", b"hello"), ("npy", single.getvalue())):
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        refused(capsys, tmp_path, ["--dataset", path, *TINY, "--out", tmp_path / "run"], f"{name}.npz", "cannot be read")
+
+
+def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*tiny, "--out", str(out)]) == 0
+    kept = (out / "log.jsonl").read_bytes()
+    refused(capsys, tmp_path, [*tiny, "--out", out], str(out), "already holds a run")
+    assert (out / "log.jsonl").read_bytes() == kept
+    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz"], "is a file")
+
+
+def test_a_loss_that_turns_nan(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ltcl, "learning_rate", lambda t, c: 0.01 if t <= 1 else 1e30)
+    out = tmp_path / "run"
+    assert train.main([*tiny, "--epochs", "3", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "epoch 2, step" in lines[0] and "--lr" in lines[0]
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert saved["epoch"] == 1 and all(t.isfinite().all() for t in saved["net"].values())
+
+
+def test_a_torchvision_that_does_not_fit(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    run = subprocess.run([sys.executable, str(HERE / "train.py")], cwd=tmp_path, capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    assert "nms" in run.stderr and "pip install" in run.stderr
