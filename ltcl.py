@@ -18,6 +18,7 @@ anchor i.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the curriculum'
 coefficient, is called the contrast weight here).
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -29,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class InputError(ValueError):
@@ -48,7 +50,7 @@ def long_tail_counts(n_max, num_classes, imb):
     """Images to keep of each class: n_c = n_max * imb^(-c/(C-1)), rounded down.
 
     imb is n_max / n_min >= 1; 1 keeps the set balanced. Returns C integers.
-    Raises InputError for imb < 1. The protocol of the field, see [H] sec. 4.1.
+    Raises InputError for imb < 1. The protocol of the field, [H] follows it too.
     """
     require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
     return [int(n_max * imb ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
@@ -222,16 +224,38 @@ def class_balanced_rows(y, counts, n, rng):
 
 
 # ---------------------------------------------------------------------------------------
-# 2. Views: random changes that leave the class alone, drawn anew for every image
+# 2. Views: random changes that leave the class alone, drawn anew for every image of a batch
 # ---------------------------------------------------------------------------------------
 
 def random_crop(x, rng):
     """Pad by an eighth (4 pixels of 32) and cut the size back out: uint8 [B,3,H,W] -> same."""
     B, _, H, W = x.shape
     pad = H // 8
-    windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)  # [B,3,2*pad+1,2*pad+1,H,W], no copy
+    windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)   # [B,3,2*pad+1,2*pad+1,H,W], no copy
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng, device=x.device)
-    return windows[torch.arange(B, device=x.device), :, dy, dx]    # [B,3,H,W]
+    return windows[torch.arange(B, device=x.device), :, dy, dx]     # [B,3,H,W]
+
+
+def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_scale=False):
+    """L boxes in each of B images of H x W pixels: [B,L,4], the corners x1, y1, x2, y2 in pixels.
+
+    scale is the box's share of the area, as in [D]'s code, and ratio its width over its height.
+    side_scale: the supplement's drawing, h = s*r*H and w = s*W, where s is a share of the side.
+    """
+    s, r, u, v = torch.rand(4, B, L, generator=rng, device=rng.device)
+    s, r = scale[0] + (scale[1] - scale[0]) * s, ratio[0] * (ratio[1] / ratio[0]) ** r
+    h, w = (s * r * H, s * W) if side_scale else ((s * H * W / r).sqrt(), (s * H * W * r).sqrt())   # [B,L]
+    h, w = h.clamp(max=H), w.clamp(max=W)
+    x1, y1 = u * (W - w), v * (H - h)
+    return torch.stack([x1, y1, x1 + w, y1 + h], 2)
+
+
+def cut(x, boxes, size, cells=1.0):
+    """The boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size]. cells:
+    cells of x a pixel of the boxes. aligned=True puts boxes on pixels and on cells at the same place."""
+    image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
+    return torchvision.ops.roi_align(x.float(), torch.cat([image[:, None], boxes.flatten(0, 1)], 1), size,
+                                     spatial_scale=cells, aligned=True)
 
 
 def random_flip(x, rng, p=0.5):
@@ -240,20 +264,70 @@ def random_flip(x, rng, p=0.5):
     return torch.where(flip, x.flip(3), x)
 
 
-def random_grayscale(x, rng, p=0.2):
-    """Take the colour away with probability p: float [B,3,H,W] -> same."""
-    luma = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # [B,1,H,W]
-    return torch.where(torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p, luma, x)
+def random_colours(x, rng, jitter=(0.0, 0.0, 0.0, 0.0), p_jitter=0.8, p_grey=0.2):
+    """Brightness, contrast, saturation and hue each by up to its jitter, and grayscale: float
+    [B,3,H,W] in 0..1 -> same. All five are linear, so an image needs one 3x4 matrix. Hue turns
+    the colours about the grey axis."""
+    B, eye = len(x), torch.eye(3, device=x.device)
+    luma = x.new_tensor([[0.299, 0.587, 0.114]]).expand(3, 3)       # [3,3] colour -> its grey
+    turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
+    draws = torch.rand(6, B, 1, 1, generator=rng, device=x.device)
+    b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p_jitter)  # [B,1,1] each
+    angle = 2 * math.pi * h
+    hue = angle.cos() * eye + angle.sin() * turn + (1 - angle.cos()) / 3                # [B,3,3]
+    colour = (1 + b) * (1 + c) * hue @ ((1 + s) * eye - s * luma)                       # [B,3,3]
+    shift = -c * (1 + b) * (x.mean((2, 3), keepdim=True) * luma[0].view(3, 1, 1)).sum(1)   # [B,1,1] of contrast
+    colour = torch.where(draws[5] < p_grey, luma @ colour, colour)                      # [B,3,3]
+    return (colour @ x.flatten(2) + shift).view_as(x).clamp(0, 1)
 
 
-def random_view(x, rng):
+def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
+    """Gaussian blur with probability p, sigma in pixels: float [B,3,H,W] -> same."""
+    (B, _, H, W), radius = x.shape, x.shape[2] // 20
+    u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)
+    t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
+    weight = torch.softmax(-t ** 2 / (2 * (sigma[0] + (sigma[1] - sigma[0]) * u) ** 2), 1)  # [B,T]
+    weight = torch.where(chosen < p, weight, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,T]
+    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # a channel an image's colour
+    x = F.conv2d(F.conv2d(x, weight[:, None, :, None], groups=3 * B), weight[:, None, None, :], groups=3 * B)
+    return x.view(B, 3, H, W)
+
+
+def crop_view(x, rng, size=None):
     """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1."""
-    x = random_flip(random_crop(x, rng), rng)
-    return random_grayscale(x.float() / 255, rng)
+    return random_colours(random_flip(random_crop(x, rng), rng).float() / 255, rng)
+
+
+def resized_view(x, rng, size):
+    """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
+    boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
+    return random_flip(cut(x, boxes, size) / 255, rng)
+
+
+def query_view(x, rng, size):                           # [D, settings], as are the next two
+    return random_blur(random_colours(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0.1)), rng)
+
+
+def key_view(x, rng, size):
+    return random_colours(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p_jitter=1, p_grey=0)
+
+
+def patch_view(x, rng):
+    return random_blur(random_colours(random_flip(x, rng), rng, (0.4, 0.4, 0.4, 0.1)), rng)
+
+
+def crop_patch_view(x, rng):                            # to patches what [H]'s augmentation is to images
+    return random_colours(random_flip(x, rng), rng)
+
+
+AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to a patch
+    "crop": (crop_view, crop_view, crop_view, crop_patch_view),
+    "resized": (query_view, key_view, resized_view, patch_view),
+}
 
 
 # ---------------------------------------------------------------------------------------
-# 3. Networks: one backbone, two heads [H fig. 2]
+# 3. Networks: one backbone, two heads [H]
 # ---------------------------------------------------------------------------------------
 
 class Block(nn.Module):
@@ -274,52 +348,91 @@ class Block(nn.Module):
         return F.relu(out + shortcut)
 
 
-class ResNet(nn.Sequential):
-    """The CIFAR ResNet of depth 6n+2 (He et al. 2016, sec. 4.2): [B,3,H,W] -> [B,64,H/4,W/4]."""
+def cifar_resnet(depth):
+    """The CIFAR ResNet of depth 6n+2 (He et al. 2016, sec. 4.2): [B,3,H,W] -> [B,64,H/4,W/4],
+    as its early stages and its last."""
+    n = (depth - 2) // 6
+    widths = [16] * (n + 1) + [32] * n + [64] * n
+    blocks = [Block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
+    layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks]
+    for m in nn.Sequential(*layers).modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+    return layers[:-n], layers[-n:], 64
 
-    def __init__(self, depth):
-        n = (depth - 2) // 6
-        widths = [16] * (n + 1) + [32] * n + [64] * n
-        blocks = [Block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
-        super().__init__(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight)
+
+def big_resnet(name):
+    """torchvision's network without weights: [B,3,H,W] -> [B,512 or 2048,H/32,W/32], likewise."""
+    net = torchvision.models.get_model(name)
+    *early, last, _, _ = net.children()                 # ..., layer4, pooling, linear layer
+    return early, [last], net.fc.in_features
 
 
-NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
+CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
+NETS = [*CIFAR_NETS, "resnet18", "resnet50", "resnext50_32x4d"]
+
+
+class Expert(nn.Module):
+    """The backbone's last stage with both heads [H]. Several of them are [D]'s ensemble."""
+
+    def __init__(self, last, width, num_classes, dim, hidden):
+        super().__init__()
+        self.last = nn.Sequential(*last)
+        self.head = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                  nn.Linear(hidden, dim))
+        self.classifier = nn.Linear(width, num_classes)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes, dim), dim=1))  # PSC's, [C,D]
 
 
 class Hybrid(nn.Module):
-    """Backbone, projection head (feature branch) and linear classifier (classifier branch).
+    """Backbone, projection heads (feature branch) and linear classifiers (classifier branch).
 
-    Called on float images [B,3,H,W] in 0..1 it gives the classifier's logits [B,C]. mean and
-    std [3] are the training images' own and travel with the weights. amp: the dtype in which
-    the backbone alone computes; None is float32.
+    Called on float images [B,3,H,W] in 0..1 it gives the classifier's logits [B,C], the mean of
+    its experts'. mean and std [3] are the training images' own and travel with the weights.
+    amp: the dtype in which the backbone alone computes; None is float32.
     """
 
-    def __init__(self, net, num_classes, mean, std, dim=128, hidden=512, amp=None):
+    def __init__(self, net, num_classes, mean, std, experts=1, dim=128, hidden=512, amp=None):
         super().__init__()
-        self.encoder = ResNet(NETS[net])
-        self.head = nn.Sequential(nn.Linear(64, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                                  nn.Linear(hidden, dim))
-        self.classifier = nn.Linear(64, num_classes)
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes, dim), dim=1))  # PSC's, [C,D]
+        build = (lambda: cifar_resnet(CIFAR_NETS[net])) if net in CIFAR_NETS else (lambda: big_resnet(net))
+        early, last, width = build()
+        self.early = nn.Sequential(*early)              # shared by the experts; each has a last stage of its own
+        lasts = [last] + [build()[1] for _ in range(experts - 1)]
+        self.experts = nn.ModuleList(Expert(last, width, num_classes, dim, hidden) for last in lasts)
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
         self.amp = amp
 
-    def features(self, x):
+    def maps(self, x):
+        """Each expert's feature map, float32 [B,width,h,w]."""
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
-            x = self.encoder(x)                         # [B,64,H/4,W/4]
-        return x.float().mean((2, 3))                   # [B,64]
+            x = self.early(x)
+            maps = [expert.last(x) for expert in self.experts]
+        return [m.float() for m in maps]
 
-    def embed(self, features):
-        return F.normalize(self.head(features), dim=1)  # [B,D]
+    def embed(self, maps):
+        """Unit embeddings of each expert's feature maps, [E,B,D]."""
+        return torch.stack([F.normalize(e.head(m.mean((2, 3))), dim=1) for e, m in zip(self.experts, maps)])
+
+    def logits(self, maps):
+        """Each expert's logits, [E,B,C]."""
+        return torch.stack([e.classifier(m.mean((2, 3))) for e, m in zip(self.experts, maps)])
 
     def forward(self, x):
-        return self.classifier(self.features(x))        # [B,C]
+        return self.logits(self.maps(x)).mean(0)        # [B,C]
+
+
+@contextlib.contextmanager
+def running_statistics_at_rest(net):
+    """BatchNorm layers use a batch's statistics but don't remember them: patches would spoil
+    what the evaluation of whole images relies on."""
+    layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in layers:
+        m.track_running_stats = False
+    yield
+    for m in layers:
+        m.track_running_stats = True
 
 
 # ---------------------------------------------------------------------------------------
@@ -329,6 +442,7 @@ class Hybrid(nn.Module):
 #   SC     all rows but the anchor               mean of the positives
 #   PSC    the prototypes of the other classes   the own class's prototype
 #   DSCL   all rows but the anchor, and memory   alpha * augmentation + (1-alpha) * mean of the positives
+#   PBSD   the augmentations and memory          their mean, weighted as the teacher sees them
 #
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
 # compute in float32 also inside autocast: at tau 0.07 a bfloat16 similarity is 4 % off in the
@@ -356,7 +470,7 @@ def sc_loss(z, y, tau=0.1):
 
 
 def psc_loss(z, y, prototypes, tau=0.1):
-    """Prototypical supervised contrastive loss [H sec. 3.3]. A scalar, float32 (float64 stays).
+    """Prototypical supervised contrastive loss [H, L_PSC]. A scalar, float32 (float64 stays).
 
     z: [B,D] unit embeddings.  y: [B] labels 0..C-1.  prototypes: [C,D], normalised here, C > 1.
 
@@ -406,6 +520,27 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         return (s.logsumexp(1) - weight * s_augmentation - (1 - weight) * s_class).mean()
 
 
+def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
+    """Patch-based self-distillation [D, L_pbsd]. A scalar, float32 (float64 stays).
+
+    c: [N,L,D] teacher, patches pooled from the feature map; no gradient flows into it.
+    s: [N,L,D] student, the same patches cut from the pixels.  candidates: [K,D], all of length 1.
+    valid: [K] bool, False for an empty slot; None: all are candidates.
+
+        L = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
+
+    The mean over the N images.
+    """
+    with torch.autocast(s.device.type, enabled=False):
+        s = s.to(torch.promote_types(s.dtype, torch.float32))
+        c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
+        empty = torch.zeros(len(candidates), dtype=torch.bool, device=s.device) if valid is None else ~valid  # [K]
+        never = torch.finfo(s.dtype).min
+        p = (c @ candidates.detach().T / tau).masked_fill(empty, never).softmax(2)  # [N,L,K]
+        logits = (s @ candidates.T / tau).masked_fill(empty, never)                 # [N,L,K]
+        return (logits.logsumexp(2) - (s * (p @ candidates)).sum(2) / tau).mean()
+
+
 @torch.no_grad()
 def embedding_statistics(q, k, y):
     """Does contrast learn? Mean cosine of same-class and of other pairs, q against k [N,D],
@@ -418,7 +553,7 @@ def embedding_statistics(q, k, y):
 
 
 # ---------------------------------------------------------------------------------------
-# 5. Curriculum: from features to classifier [H sec. 3.4], and the learning rate
+# 5. Curriculum: from features to classifier [H], and the learning rate
 # ---------------------------------------------------------------------------------------
 
 CURRICULA = {  # the contrast weight at t = T/Tmax in 0..1; [H]'s choice first, then its ablation
@@ -426,17 +561,23 @@ CURRICULA = {  # the contrast weight at t = T/Tmax in 0..1; [H]'s choice first, 
     "linear": lambda t: 1 - t,
     "cosine": lambda t: math.cos(math.pi / 2 * t),
     "constant": lambda t: 0.5,
+    "two-stage": lambda t: 1.0,  # [D]: contrast alone, then the classifier on a frozen backbone
 }
 
 
 def contrast_weight(epoch, epochs, curriculum="parabolic"):
-    """w(T) of L = w(T) L_con + (1-w(T)) L_ce [H eq. 6], for epoch T = 0..epochs-1."""
-    return CURRICULA[curriculum](epoch / epochs)
+    """w(T) of L = w(T) L_con + (1-w(T)) L_ce [H, the hybrid loss], for epoch T = 0..epochs-1;
+    0 in the epochs of the second stage, which follow."""
+    return CURRICULA[curriculum](epoch / epochs) if epoch < epochs else 0.0
 
 
 def learning_rate(t, c):
-    """At t epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after 80 %
-    of all epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. c: Config."""
+    """At t > 0 epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after
+    80 % of all epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
+    stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: Config."""
+    if t > c.epochs:
+        t = (t - c.epochs) / c.stage2_epochs
+        return c.stage2_lr * 0.1 ** ((t > 0.5) + (t > 0.75))
     if 0 < t <= c.warmup:
         return c.lr * t / c.warmup
     if c.schedule == "step":
@@ -473,7 +614,20 @@ class Config:
     schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
     tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
+    pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
+    patches: int = setting(5, "patches an image", low=1)
+    patch_size: int = setting(16, "side of the resized patches in pixels", low=1)
+    side_scale: str = setting("off", "draw patches by the side's scale, as [D]'s supplement", ["off", "on"])
+    ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
+    queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
+    experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1)
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(CURRICULA))
+    stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
+    stage2_batch: int = setting(2048, "two-stage: its batch", low=1)
+    stage2_lr: float = setting(10.0, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
+    aug: str = setting("crop", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]",
+                       ["crop", "resized"])
+    size: int = setting(224, "side of a resized view in pixels", low=8)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
     amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
@@ -494,22 +648,24 @@ class Config:
 
     @classmethod
     def of(cls, **given):
-        """The data set's preset, overridden by what is given."""
+        """The presets of data set and method, overridden by what is given."""
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
-        return cls(**PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {}) | given)
+        presets = PRESETS.get(method, {}), PRESETS.get(dataset, PRESETS[".npz"]), PRESETS.get((dataset, method), {})
+        return cls(**presets[0] | presets[1] | presets[2] | given)
 
 
 PRESETS = {
     "shapes": dict(net="resnet8", epochs=20, batch_size=32, lr=0.2, warmup=2.0),
     "cifar10": {},
     "cifar100": {},
-    ("cifar10", "psc"): dict(tau=1.0),  # [H sec. 4.2]
+    ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
     ".npz": dict(imb=1.0),              # your own images are taken as they are
+    "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
 
 # ---------------------------------------------------------------------------------------
-# 7. Trainer: the hybrid [H fig. 2]
+# 7. Trainer: the hybrid [H]
 # ---------------------------------------------------------------------------------------
 
 def pick_device(name):
@@ -552,70 +708,132 @@ class Trainer:
     """
 
     def __init__(self, config, data):
-        self.config, self.epoch = config, 0             # epochs done
-        self.device = pick_device(config.device)
-        kept = torch.from_numpy(long_tail_indices(data.y_train, config.imb))
-        require(config.batch_size <= len(kept), f"--batch-size {config.batch_size} is more than the "
-                f"{len(kept)} training images: take a smaller one")
-        self.steps = len(kept) // config.batch_size     # an epoch; the incomplete last batch is left out
+        c = self.config = config
+        self.epoch = 0                                  # epochs done, of
+        self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)
+        self.device = pick_device(c.device)
+        kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))
+        require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
+                "training images: take a smaller one")
+        require(c.method == "dscl" or not (c.ema or c.queue), f"--ema and --queue are DSCL's: not for --method {c.method}")
         self.x, self.y = data.x_train[kept].to(self.device), data.y_train[kept].to(self.device)
         self.x_test, self.y_test = data.x_test.to(self.device), data.y_test
-        self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])  # C, [C]
-        self.class_size = self.counts.float().to(self.device)                                 # [C]
-        std, mean = torch.std_mean(data.x_train[kept].float() / 255, (0, 2, 3))               # [3], [3]
-        amp = pick_amp(config.amp, self.device)
+        self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])    # C, [C]
+        self.class_size = self.counts.float().to(self.device)                                   # [C]
+        std, mean = torch.std_mean(data.x_train[kept].float() / 255, (0, 2, 3))                 # [3], [3]
+        amp = pick_amp(c.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
-            torch.manual_seed(config.seed)
-            net = Hybrid(config.net, len(self.counts), mean, std.clamp(min=1 / 255), amp=amp)
+            torch.manual_seed(c.seed)
+            net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, amp=amp)
         self.net = net.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), config.lr, config.momentum,
-                                         weight_decay=config.weight_decay)
+        self.keys = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True) if c.ema else None
+        self.queue = torch.zeros(c.experts, c.queue, 128, device=self.device)                   # [E,K,D]
+        self.queue_y = torch.full((c.queue,), -1, device=self.device)                           # [K] -1: empty
+        self.queue_at = 0                               # the slot to fill next
+        classifiers = [p for e in net.experts for p in e.classifier.parameters()]
+        self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
+                           torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        self.rng = torch.Generator(self.device).manual_seed(config.seed)  # of batches and views
+        self.rng = torch.Generator(self.device).manual_seed(c.seed)  # of batches and views
 
-    def contrast_loss(self, q, k, y):
-        """Of two views' embeddings [N,D] each; every view is an anchor once."""
+    def contrast_loss(self, q, k, y, prototypes, queue):
+        """Of one expert's embeddings of two views, [N,D] each. Every view is an anchor once, but
+        for the keys of a momentum encoder, which are none [D]."""
         c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
         if c.method == "sc":
             return sc_loss(z, yy, c.tau)
         if c.method == "psc":
-            return psc_loss(z, yy, self.net.prototypes, c.tau)
-        return (dscl_loss(q, k, y, alpha=c.alpha, tau=c.tau) + dscl_loss(k, q, y, alpha=c.alpha, tau=c.tau)) / 2
+            return psc_loss(z, yy, prototypes, c.tau)
+        loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
+        return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
 
-    def losses(self, rows, weight):
-        """The loss of a step and what it is made of. rows: [N] the instance-balanced batch;
-        weight: the contrast weight. One forward pass for all views, so that the BatchNorm
-        statistics are those of what the classifier meets."""
-        N, y, contrast = len(rows), self.y[rows], self.config.method != "ce"
-        rows_ce = class_balanced_rows(self.y, self.class_size, N, self.rng) if contrast else rows   # [N]
-        batches = [rows, rows, rows_ce] if contrast else [rows_ce]
-        x = torch.cat([random_view(self.x[r], self.rng) for r in batches])          # [3N,3,H,W]
-        f = self.net.features(x)                                                    # [3N,64]
-        loss_ce = F.cross_entropy(self.net.classifier(f[-N:]), self.y[rows_ce])
-        if not contrast:
-            return loss_ce, dict(loss=loss_ce, loss_ce=loss_ce)
-        q, k = self.net.embed(f[:2 * N]).chunk(2)                                   # [N,D] each
-        loss_contrast = self.contrast_loss(q, k, y)
-        loss = weight * loss_contrast + (1 - weight) * loss_ce                      # [H eq. 6]
-        return loss, dict(loss=loss, loss_contrast=loss_contrast, loss_ce=loss_ce, **embedding_statistics(q, k, y))
+    def patch_loss(self, view, maps, keys):
+        """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
+        map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
+        c, (N, _, H, W) = self.config, view.shape
+        boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.side_scale == "on")     # [N,L,4]
+        patches = AUGMENTATIONS[c.aug][3](cut(view, boxes, c.patch_size), self.rng)             # [N*L,3,P,P]
+        with running_statistics_at_rest(self.net):
+            students = self.net.embed(self.net.maps(patches))                                   # [E,N*L,D]
+            with torch.no_grad():
+                teachers = self.net.embed([cut(m, boxes, 2, m.shape[3] / W) for m in maps])     # [E,N*L,D]
+        valid = torch.cat([torch.ones_like(keys[0, :, 0]), self.queue_y + 1]) > 0               # [N+K]
+        losses = [pbsd_loss(t.view(N, c.patches, -1), s.view(N, c.patches, -1), torch.cat([k, queue]), c.tau, valid)
+                  for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
+        return sum(losses) / c.experts
 
-    def train_epoch(self, tick=lambda step: None):
-        """Once over the training set. Returns the epoch's means; nothing is read from the
-        device before its end. tick is called before every step."""
-        c, history = self.config, []
+    def contrast(self, views, maps, y):
+        """The feature branch: its losses, and what shows whether it learns."""
+        N = len(y)
+        z = self.net.embed([m[:N if self.keys else 2 * N] for m in maps])   # [E,2N,D], with a momentum encoder [E,N,D]
+        q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
+        if self.keys:
+            with torch.no_grad():
+                k = self.keys.module.embed(self.keys.module.maps(views[1]))
+        losses = [self.contrast_loss(q[i], k[i], y, e.prototypes, self.queue[i]) for i, e in enumerate(self.net.experts)]
+        parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
+        if self.config.pbsd:
+            parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
+        self.remember(k.detach(), y)
+        return parts
+
+    def remember(self, keys, y):
+        """The keys [E,N,D] overwrite the oldest of the queue."""
+        K = self.config.queue
+        n = min(len(y), K)
+        if n:
+            slots = (self.queue_at + torch.arange(n, device=self.device)) % K
+            self.queue[:, slots], self.queue_y[slots] = keys[:, len(y) - n:], y[len(y) - n:]
+            self.queue_at = (self.queue_at + n) % K
+
+    def losses(self, x, y, x_ce, y_ce, weight):
+        """The loss of a step, and its parts. x [N,3,H,W] uint8 and y [N]: the instance-balanced
+        batch; x_ce and y_ce: the classifier's; weight: the contrast weight. One forward pass for
+        all views, so that BatchNorm's statistics are those of what the classifier meets."""
+        c, N = self.config, len(y)
+        query, key, plain, _ = AUGMENTATIONS[c.aug]
+        views = [query(x, self.rng, c.size), key(x, self.rng, c.size)] if weight else []        # [N,3,H,W] each
+        live = views[:1] if self.keys else views[:]     # the momentum encoder takes the keys' view
+        if self.classifies(weight):
+            live.append(plain(x_ce, self.rng, c.size))
+        with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
+            maps = self.net.maps(torch.cat(live))                       # [3N,width,h,w] of each expert
+        parts = self.contrast(views, maps, y) if weight else {}
+        loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
+        if self.classifies(weight):
+            logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
+            parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
+            loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
+        return dict(loss=loss, **parts)
+
+    def classifies(self, weight):
+        return weight < 1 or self.config.curriculum != "two-stage"
+
+    def train_epoch(self, tick=lambda step, steps: None):
+        """Once over the training set. Returns the epoch's means; nothing is read from the device
+        before its end. tick is called before every step."""
+        c, second, history = self.config, self.epoch >= self.config.epochs, []
+        N = min(c.stage2_batch, len(self.y)) if second else c.batch_size
+        steps = len(self.y) // N                        # the incomplete last batch is left out
         weight = 0.0 if c.method == "ce" else contrast_weight(self.epoch, c.epochs, c.curriculum)
-        order = torch.randperm(len(self.y), generator=self.rng, device=self.device)
-        self.net.train()
-        for i in range(self.steps):
-            tick(i)
-            lr = learning_rate(self.epoch + (i + 1) / self.steps, c)
-            for group in self.optimizer.param_groups:
+        plan = [torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]] if weight or c.method == "ce" else []
+        if c.method != "ce" and self.classifies(weight):
+            plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
+        optimizer = self.optimizers[second]
+        self.net.train(not second)                      # frozen: BatchNorm as in evaluation
+        for i, rows in enumerate(torch.cat([p.view(steps, N) for p in plan], 1)):               # [2N] or [N]
+            tick(i, steps)
+            x, y = self.x[rows], self.y[rows]
+            lr = learning_rate(self.epoch + (i + 1) / steps, c)
+            for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, parts = self.losses(order[i * c.batch_size:(i + 1) * c.batch_size], weight)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
+            parts = self.losses(x[:N], y[:N], x[-N:], y[-N:], weight)
+            optimizer.zero_grad()
+            self.scaler.scale(parts["loss"]).backward()
+            self.scaler.step(optimizer)
             self.scaler.update()
+            if self.keys and not second:
+                self.keys.update_parameters(self.net)
             history.append(torch.stack(list(parts.values())).detach())
         table = torch.stack(history).cpu()              # [steps, parts]
         broken = ~table[:, 0].isfinite()                # [steps]
@@ -634,6 +852,8 @@ class Trainer:
 
     def state_dict(self):
         """Plain values and tensors alone: loads with weights_only=True."""
-        return dict(epoch=self.epoch, net=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                    scaler=self.scaler.state_dict(), rng=self.rng.get_state(), config=asdict(self.config),
-                    class_names=self.class_names, counts=self.counts.tolist())
+        return dict(epoch=self.epoch, net=self.net.state_dict(), keys=self.keys and self.keys.state_dict(),
+                    queue=self.queue, queue_y=self.queue_y, queue_at=self.queue_at,
+                    optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
+                    rng=self.rng.get_state(), config=asdict(self.config), class_names=self.class_names,
+                    counts=self.counts.tolist())

@@ -60,6 +60,15 @@ def naive_dscl(q, k, y, queue, queue_y, alpha, tau):
     return sum(terms) / len(terms)
 
 
+def naive_pbsd(c, s, candidates, tau):
+    total = 0
+    for i in range(len(c)):
+        for j in range(c.shape[1]):
+            p, q = (torch.stack([torch.exp(v[i, j] @ z / tau) for z in candidates]) for v in (c, s))
+            total = total - sum(p[t] / p.sum() * torch.log(q[t] / q.sum()) for t in range(len(candidates))) / c.shape[1]
+    return total / len(c)
+
+
 LABELS = [[0, 0, 1, 1, 2, 0], [0, 1, 2, 3, 4, 5], [3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 0, 1], [7, 7, 2, 2, 7, 2]]
 
 
@@ -84,6 +93,26 @@ def test_losses_against_double_loops(labels, tau):
             same_value_and_gradient(
                 lambda q, k, m: ltcl.dscl_loss(q, k, y, m, torch.tensor(queue_y).long(), alpha, tau),
                 lambda q, k, m: naive_dscl(q, k, y, m, queue_y, alpha, tau), [q, k, queue])
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_pbsd_against_double_loops(tau):
+    c, s, z = unit(3, 2, 5), unit(3, 2, 5, seed=1), unit(6, 5, seed=2)
+    same_value_and_gradient(lambda s: ltcl.pbsd_loss(c, s, z, tau), lambda s: naive_pbsd(c, s, z, tau), [s])
+    valid = torch.tensor([1, 0, 1, 1, 0, 1]) > 0
+    same_value_and_gradient(lambda s: ltcl.pbsd_loss(c, s, z, tau, valid), lambda s: naive_pbsd(c, s, z[valid], tau), [s])
+    c, s = c.requires_grad_(), s.requires_grad_()
+    ltcl.pbsd_loss(c, s, z, tau).backward()
+    assert c.grad is None and s.grad.abs().sum() > 0
+
+
+def test_pbsd_is_least_where_the_student_is_the_teacher():
+    c, z = unit(3, 2, 5), unit(6, 5, seed=2)
+    student = c.clone().requires_grad_()
+    loss = ltcl.pbsd_loss(c, student, z)
+    loss.backward()
+    assert student.grad.abs().max() < 1e-12
+    assert all(ltcl.pbsd_loss(c, unit(3, 2, 5, seed=i), z) > loss for i in range(1, 9))
 
 
 def test_dscl_without_queue_equals_an_empty_one():
@@ -123,14 +152,14 @@ def test_dscl_draws_the_augmentation_with_probability_alpha():
 def all_losses(z, y, tau, k=None):
     p = torch.eye(8, z.shape[1], dtype=z.dtype) + 0.1
     return [ltcl.sc_loss(z, y, tau), ltcl.psc_loss(z, y, p, tau), ltcl.dscl_loss(z, z if k is None else k, y, tau=tau),
-            ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau)]
+            ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau), ltcl.pbsd_loss(z[:, None].flip(0), z[:, None], z, tau)]
 
 
 @pytest.mark.parametrize("labels", [*LABELS, [0], [0, 1], [5, 5]])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_losses_are_finite(labels, dtype):
     for tau in (0.01, 0.07, 1.0):
-        for i in range(4):
+        for i in range(5):
             z = unit(len(labels), 8, dtype=dtype).requires_grad_()
             loss = all_losses(z, torch.tensor(labels), tau)[i]
             loss.backward()
@@ -164,12 +193,13 @@ def test_losses_leave_autocast():
         assert all_losses(z, y, 0.1) == outside
 
 
-@pytest.mark.parametrize("loss", [ltcl.sc_loss, ltcl.psc_loss, ltcl.dscl_loss])
+@pytest.mark.parametrize("loss", [ltcl.sc_loss, ltcl.psc_loss, ltcl.dscl_loss, ltcl.pbsd_loss])
 def test_a_loss_works_pasted_alone(loss):
     space = {}
     exec("import torch\nimport torch.nn.functional as F\n" + inspect.getsource(loss), space)
-    z, y = unit(6, 8), torch.tensor(LABELS[0])
-    more = {"sc_loss": (y,), "psc_loss": (y, unit(3, 8)), "dscl_loss": (unit(6, 8, seed=1), y, unit(2, 8), y[:2])}
+    z, y = unit(*(6, 1, 8) if loss is ltcl.pbsd_loss else (6, 8)), torch.tensor(LABELS[0])
+    more = {"sc_loss": (y,), "psc_loss": (y, unit(3, 8)), "dscl_loss": (unit(6, 8, seed=1), y, unit(2, 8), y[:2]),
+            "pbsd_loss": (unit(6, 1, 8, seed=1), unit(9, 8, seed=2), 0.1, torch.arange(9) < 7)}
     args = more[loss.__name__]
     assert space[loss.__name__](z, *args) == loss(z, *args)
 
@@ -223,7 +253,7 @@ def test_shapes_are_the_same_pixels_everywhere():
 def test_views_are_drawn_for_each_image():
     x = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).expand(256, -1, -1, -1)
     rng = torch.Generator().manual_seed(0)
-    one, two = ltcl.random_view(x, rng), ltcl.random_view(x, rng)
+    one, two = ltcl.crop_view(x, rng), ltcl.crop_view(x, rng)
     assert one.shape == x.shape and 0 <= one.min() and one.max() <= 1
     assert len({zlib.crc32(v.numpy().tobytes()) for v in one}) > 120    # 9*9*2 views of an image, a fifth of them grey
     assert sum(bool((a == b).all()) for a, b in zip(one, two)) < 10     # the two views are independent
@@ -247,15 +277,79 @@ def test_a_crop_is_a_window_of_the_padded_image(size):
     assert len(shifts) > 20
 
 
+def test_boxes_keep_their_scale_ratio_and_image():
+    rng = torch.Generator().manual_seed(0)
+    x1, y1, x2, y2 = ltcl.random_boxes(500, 4, 24, 32, rng, scale=(0.1, 0.3)).unbind(2)
+    w, h = x2 - x1, y2 - y1
+    assert x1.min() >= 0 and y1.min() >= 0 and x2.max() <= 32.0001 and y2.max() <= 24.0001
+    area, ratio = w * h / (24 * 32), w / h
+    assert 0.1 < area.min() < 0.11 and 0.29 < area.max() < 0.3001 and 0.749 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.331
+    assert len({round(v, 3) for v in x1.flatten().tolist()}) > 1000     # drawn for every image and patch
+    x1, y1, x2, y2 = ltcl.random_boxes(500, 4, 32, 32, rng, scale=(0.1, 0.3), side_scale=True).unbind(2)
+    assert 3.19 < (x2 - x1).min() < 3.4 and 9.4 < (x2 - x1).max() < 9.61
+    assert (y2 - y1).min() < 2.8 and (y2 - y1).max() > 11
+
+
+def test_teacher_and_student_look_at_the_same_place():
+    """A bright square in a dark image lights the features pooled from the box around it and no others."""
+    x = torch.zeros(2, 3, 32, 32)
+    x[0, :, 8:16, 12:20] = 1
+    x[1, :, 20:28, 0:8] = 1
+    boxes = torch.tensor([[[12, 8, 20, 16], [20, 8, 28, 16], [12, 16, 20, 24], [0, 20, 8, 28]]] * 2).float()
+    expected = torch.tensor([1, 0, 0, 0, 0, 0, 0, 1]).float()
+    pixels = ltcl.cut(x, boxes, 16)
+    assert (pixels[:, :, 1:-1, 1:-1] == expected.view(8, 1, 1, 1)).all()    # the rim is interpolated with its neighbours
+    pooled = ltcl.cut(x, boxes, 2).mean((2, 3))                             # an identity feature map: exact
+    torch.testing.assert_close(pooled, expected[:, None].expand(8, 3), rtol=0, atol=0)
+    cells = F.avg_pool2d(x, 4)                                              # a feature map of stride 4
+    torch.testing.assert_close(ltcl.cut(cells, boxes, 2, cells=1 / 4).mean((2, 3)), expected[:, None].expand(8, 3))
+    torch.testing.assert_close(ltcl.cut(x, torch.tensor([[[0, 0, 32, 32.0]]] * 2), 32), x)
+
+
+def test_colours():
+    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    rng = torch.Generator().manual_seed(0)
+    assert (ltcl.random_colours(x, rng, p_grey=0) == x).all()
+    grey = ltcl.random_colours(x, rng, p_grey=1)
+    torch.testing.assert_close(grey, torchvision.transforms.functional.rgb_to_grayscale(x, 3), rtol=0, atol=1e-3)
+    for i, adjust in enumerate(("brightness", "contrast", "saturation")):   # against torchvision, its factor found by search
+        jitter = [0.0] * 4
+        jitter[i] = 0.2
+        ours = ltcl.random_colours(x[:4], rng, jitter, p_jitter=1, p_grey=0)
+        for image, out in zip(x, ours):
+            theirs = [getattr(torchvision.transforms.functional, f"adjust_{adjust}")(image, f) for f in torch.linspace(0.8, 1.2, 401)]
+            assert min((t - out).abs().max() for t in theirs) < 2e-3
+    turned = ltcl.random_colours(x, rng, (0, 0, 0, 0.1), p_jitter=1, p_grey=0)
+    torch.testing.assert_close(turned.mean(1), x.mean(1), rtol=0, atol=0.02)
+    assert (turned - x).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.9
+
+
+def test_blur_is_torchvisions():
+    x = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    out = ltcl.random_blur(x, torch.Generator().manual_seed(0), p=1, sigma=(1.0, 1.0))
+    torch.testing.assert_close(out, torchvision.transforms.functional.gaussian_blur(x, [7, 7], [1.0, 1.0]), rtol=0, atol=1e-5)
+    half = ltcl.random_blur(x.repeat(20, 1, 1, 1), torch.Generator().manual_seed(0))
+    assert 35 < (half == x.repeat(20, 1, 1, 1)).flatten(1).all(1).sum() < 85
+
+
+def test_views_of_large_images():
+    x = torch.randint(256, (8, 3, 72, 72), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    rng = torch.Generator().manual_seed(0)
+    for view in ltcl.AUGMENTATIONS["resized"][:3]:
+        out = view(x, rng, 64)
+        assert out.shape == (8, 3, 64, 64) and 0 <= out.min() and out.max() <= 1 and out.std() > 0.05
+
+
 # --- networks, curriculum, trainer ---------------------------------------------------------
 
 @pytest.mark.parametrize("net, parameters", [("resnet20", 269722), ("resnet32", 464154), ("resnet56", 853018)])
 def test_parameter_counts(net, parameters):             # He et al. 2016, table 6, with 10 classes
     hybrid = ltcl.Hybrid(net, 10, torch.zeros(3), torch.ones(3))
-    assert sum(p.numel() for part in (hybrid.encoder, hybrid.classifier) for p in part.parameters()) == parameters
+    parts = hybrid.early, hybrid.experts[0].last, hybrid.experts[0].classifier
+    assert sum(p.numel() for part in parts for p in part.parameters()) == parameters
     assert hybrid(torch.rand(2, 3, 28, 28)).shape == (2, 10)
-    z = hybrid.embed(hybrid.features(torch.rand(4, 3, 64, 64)))
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(4))
+    z = hybrid.embed(hybrid.maps(torch.rand(4, 3, 64, 64)))
+    torch.testing.assert_close(z.norm(dim=2), torch.ones(1, 4))
 
 
 def test_curricula_and_learning_rate():
@@ -318,7 +412,9 @@ def test_every_method_end_to_end(tiny, tmp_path, capsys):
         contrast = [log[1][key] for key in ("loss_contrast", "cos_positive", "cos_negative", "spread")]
         assert all(v is None for v in contrast) if method == "ce" else all(math.isfinite(v) for v in contrast)
         for e in log:
-            mixed = e["contrast_weight"] * (e["loss_contrast"] or 0) + (1 - e["contrast_weight"]) * e["loss_ce"]
+            w, pbsd = e["contrast_weight"], 1.5 * (e["loss_pbsd"] or 0)
+            assert (e["loss_pbsd"] is not None) == (method == "dscl")
+            mixed = w * ((e["loss_contrast"] or 0) + pbsd) + (1 - w) * e["loss_ce"]
             assert e["loss"] == pytest.approx(mixed, abs=1e-5)
         assert log[1]["contrast_weight"] == (0 if method == "ce" else 0.75)
         saved = torch.load(out / "last.pt", weights_only=True)
@@ -337,7 +433,7 @@ def test_one_seed_twice_is_identical_and_another_is_not(tiny, tmp_path):
         assert train.main([*tiny, "--seed", seed, "--out", str(tmp_path / name)]) == 0
     a, b, c = (torch.load(tmp_path / name / "last.pt", weights_only=True)["net"] for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not torch.equal(a["classifier.weight"], c["classifier.weight"])
+    assert not torch.equal(a["experts.0.classifier.weight"], c["experts.0.classifier.weight"])
 
 
 def test_it_learns():
@@ -350,6 +446,116 @@ def test_it_learns():
     assert trainer.evaluate()["top1"] >= 90
     gaps = [epoch["cos_positive"] - epoch["cos_negative"] for epoch in (first, last)]
     assert gaps[1] > gaps[0] + 0.2
+
+
+def tiny_data(n=(12, 6, 3), seed=0):
+    a = arrays(n=n, seed=seed)
+    x, x_test = (torch.from_numpy(a[key]).permute(0, 3, 1, 2).contiguous() for key in ("x_train", "x_test"))
+    return ltcl.Dataset(x, torch.from_numpy(a["y_train"]), x_test, torch.from_numpy(a["y_test"]), list("abc"))
+
+
+def tiny_trainer(**settings):
+    return ltcl.Trainer(ltcl.Config.of(dataset="tiny.npz", net="resnet8", batch_size=8, lr=0.05, device="cpu",
+                                       **{"epochs": 2, "patches": 2} | settings), tiny_data())
+
+
+@pytest.mark.parametrize("K", [1, 5, 8, 13, 40])
+def test_the_queue_against_a_list(K):
+    trainer, expected, g = tiny_trainer(queue=K), [], torch.Generator().manual_seed(0)
+    assert (trainer.queue_y == -1).all()
+    for n in (3, 8, 8, 1, 20, 7):
+        keys, y = torch.rand(1, n, 128, generator=g), torch.randint(3, (n,), generator=g)
+        trainer.remember(keys, y)
+        expected = (expected + list(zip(keys[0], y)))[-K:]
+        kept = trainer.queue_y >= 0
+        assert kept.sum() == len(expected)
+        ours = torch.cat([trainer.queue[0], trainer.queue_y[:, None]], 1)[kept].tolist()
+        assert sorted(ours) == sorted(torch.cat([k, label[None]]).tolist() for k, label in expected)
+        at = trainer.queue_at                               # the oldest is overwritten first
+        if len(expected) == K:
+            assert torch.equal(trainer.queue[0].roll(-at, 0), torch.stack([k for k, _ in expected]))
+
+
+def test_the_queue_is_filled_after_the_loss(monkeypatch):
+    trainer, seen = tiny_trainer(queue=16, epochs=1, pbsd=0.0), []
+    loss = ltcl.dscl_loss
+    monkeypatch.setattr(ltcl, "dscl_loss", lambda q, k, y, queue, queue_y, *rest: seen.append((queue_y >= 0).sum().item())
+                        or loss(q, k, y, queue, queue_y, *rest))
+    trainer.train_epoch()
+    assert seen == [0, 0, 8, 8] and (trainer.queue_y >= 0).all()
+
+
+def test_the_momentum_encoder_follows_parameters_and_buffers():
+    trainer = tiny_trainer(ema=0.9, queue=16)
+    trainer.train_epoch()
+    before = {name: t.clone() for name, t in trainer.keys.module.state_dict().items()}
+    step = trainer.keys.update_parameters
+    trainer.keys.update_parameters = lambda net: None
+    trainer.train_epoch()
+    moved = {name: t.clone() for name, t in trainer.keys.module.state_dict().items()}   # its own BatchNorm has seen the keys
+    step(trainer.net)
+    live = trainer.net.state_dict()
+    for name, t in trainer.keys.module.state_dict().items():
+        if t.is_floating_point():
+            torch.testing.assert_close(t, 0.9 * moved[name] + 0.1 * live[name])
+    changed = [name for name in before if not torch.equal(before[name], trainer.keys.module.state_dict()[name])]
+    assert any("running_var" in name for name in changed) and any("conv1.weight" in name for name in changed)
+    assert not any(p.grad is not None and p.grad.abs().sum() for p in trainer.keys.parameters())
+
+
+def test_patches_leave_batchnorm_alone():
+    trainer = tiny_trainer()
+    view, before = torch.rand(8, 3, 8, 8), {k: v.clone() for k, v in trainer.net.state_dict().items()}
+    trainer.net.train()
+    maps = [torch.rand(8, 64, 2, 2)]
+    loss = trainer.patch_loss(view, maps, F.normalize(torch.randn(1, 8, 128), dim=2))
+    loss.backward()
+    assert all(torch.equal(before[k], v) for k, v in trainer.net.state_dict().items())
+    assert trainer.net.early[0].weight.grad.abs().sum() > 0
+    trainer.net(view)
+    assert not torch.equal(before["early.1.running_mean"], trainer.net.state_dict()["early.1.running_mean"])
+
+
+def test_two_stages():
+    trainer = tiny_trainer(curriculum="two-stage", stage2_epochs=8, stage2_lr=0.02, ema=0.9, queue=16)
+    first = [trainer.train_epoch() for _ in range(2)]
+    assert all("loss_ce" not in e and e["contrast_weight"] == 1 for e in first)
+    frozen = {k: v.clone() for k, v in trainer.state_dict()["net"].items()}
+    second = [trainer.train_epoch() for _ in range(8)]
+    assert trainer.epoch == trainer.epochs == 10
+    assert all("loss_contrast" not in e and e["contrast_weight"] == 0 for e in second)
+    changed = {k for k, v in trainer.net.state_dict().items() if not torch.equal(v, frozen[k])}
+    assert changed == {"experts.0.classifier.weight", "experts.0.classifier.bias"}      # BatchNorm untouched
+    assert second[7]["lr"] == pytest.approx(0.0002) and second[7]["loss_ce"] < second[0]["loss_ce"]
+
+
+def test_experts_share_the_early_stages_and_average_their_logits():
+    one, three = (ltcl.Hybrid("resnet8", 5, torch.zeros(3), torch.ones(3), experts=E).eval() for E in (1, 3))
+    x, count = torch.rand(4, 3, 32, 32), lambda m: sum(p.numel() for p in m.parameters())
+    assert count(three) == count(one) + 2 * count(one.experts[0])
+    logits = three.logits(three.maps(x))
+    assert logits.shape == (3, 4, 5) and not torch.allclose(logits[0], logits[1])
+    torch.testing.assert_close(three(x), (logits[0] + logits[1] + logits[2]) / 3)
+    trainer = tiny_trainer(experts=2, queue=16, ema=0.9)
+    start = [e.last[0].conv1.weight.clone() for e in trainer.net.experts]
+    trainer.train_epoch()
+    assert all(not torch.equal(a, e.last[0].conv1.weight) for a, e in zip(start, trainer.net.experts))
+
+
+@pytest.mark.parametrize("settings", [dict(method="sc", pbsd=1.0), dict(side_scale="on"), dict(queue=30), dict(ema=0.5),
+                                      dict(method="psc", experts=2), dict(curriculum="two-stage", stage2_epochs=1)])
+def test_combinations_train(settings):
+    trainer = tiny_trainer(**settings)
+    for _ in range(trainer.epochs):
+        last = trainer.train_epoch()
+    assert math.isfinite(last["loss"]) and trainer.evaluate()["top1"] is not None
+
+
+def test_torchvisions_networks():
+    for name, width in (("resnet18", 512), ("resnext50_32x4d", 2048)):
+        net = ltcl.Hybrid(name, 4, torch.zeros(3), torch.ones(3), experts=2).eval()
+        maps = net.maps(torch.rand(2, 3, 64, 64))
+        assert [m.shape for m in maps] == [(2, width, 2, 2)] * 2 and net.logits(maps).shape == (2, 2, 4)
 
 
 @pytest.mark.parametrize("grey, size", [(True, 28), (False, 64)])

@@ -77,12 +77,12 @@ def save_views(trainer, path, columns=20, rows=8):
     pile = [x[h - r].float() / 255 if r <= h and h - r < len(x) else white
             for r in range(rows, 0, -1) for x, h in zip(images, height)]
     first = torch.stack([x[0] for x in images])                                 # [columns,3,H,W]
-    views = [view for _ in range(2) for view in ltcl.random_view(first, rng)]
+    views = [view for _ in range(2) for view in ltcl.AUGMENTATIONS[trainer.config.aug][0](first, rng, trainer.config.size)]
     grid = torchvision.utils.make_grid(torch.stack(pile + [white] * len(order) + views), nrow=len(order), pad_value=1)
     torchvision.utils.save_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), path, format="png")
 
 
-EPOCH = dict.fromkeys(("epoch", "loss", "loss_contrast", "loss_ce", "contrast_weight", "lr", "cos_positive",
+EPOCH = dict.fromkeys(("epoch", "loss", "loss_contrast", "loss_pbsd", "loss_ce", "contrast_weight", "lr", "cos_positive",
                        "cos_negative", "spread", "top1", "balanced", "many", "medium", "few", "seconds"))
 
 
@@ -97,14 +97,14 @@ def train(config):
     print(f"{len(trainer.y)} training images in {len(trainer.counts)} classes of {trainer.counts.max()} to "
           f"{trainer.counts.min()}, {len(trainer.y_test)} test images; on {trainer.device}; into {out}", flush=True)
     start = time.time()
-    while trainer.epoch < config.epochs:
-        began, head = time.time(), f"epoch {trainer.epoch + 1:3}/{config.epochs}"
-        record = EPOCH | trainer.train_epoch(lambda step: live(f"{head}  step {step + 1}/{trainer.steps}"))
+    while trainer.epoch < trainer.epochs:
+        began, head = time.time(), f"epoch {trainer.epoch + 1:3}/{trainer.epochs}"
+        record = EPOCH | trainer.train_epoch(lambda i, steps: live(f"{head}  step {i + 1}/{steps}"))
         record |= trainer.evaluate() | dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
         write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
-        left = (time.time() - start) / trainer.epoch * (config.epochs - trainer.epoch)
+        left = (time.time() - start) / trainer.epoch * (trainer.epochs - trainer.epoch)
         live("")
         print(f"{head}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  lr {record['lr']:.4f}"
               f"  top-1 {record['top1']:5.2f} %  {record['seconds']:5.1f} s  {left / 60:5.1f} min left", flush=True)
@@ -116,7 +116,7 @@ def print_result(config, record, trainer, out, seconds):
     C, masks = len(trainer.counts), ltcl.shot_groups(trainer.counts)
     classes = {"top1": C} | {name: int(mask.sum()) for name, mask in masks.items()}
     print(f"\n{config.method} on {config.dataset}, imbalance {config.imb:g}, {config.net}, seed {config.seed}: "
-          f"{config.epochs} epochs in {seconds:.0f} s on {trainer.device}, last epoch's accuracy\n")
+          f"{trainer.epochs} epochs in {seconds:.0f} s on {trainer.device}, last epoch's accuracy\n")
     for title, cells in (("", ["top-1", *masks]), ("classes", classes.values()),
                          ("accuracy %", [f"{record[name]:.2f}" if n else "n/a" for name, n in classes.items()]),
                          ("chance %", [f"{100 / C:.2f}" if n else "n/a" for n in classes.values()])):
