@@ -21,6 +21,7 @@ coefficient, is called the contrast weight here).
 import contextlib
 import math
 import os
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 
 class InputError(ValueError):
@@ -79,28 +82,51 @@ def long_tail_indices(labels, imb, seed=0):
 
 @dataclass
 class Dataset:
-    x_train: torch.Tensor  # uint8 [N,3,H,W]
+    x_train: torch.Tensor  # uint8 [N,3,H,W], or ImageFiles
     y_train: torch.Tensor  # int64 [N], 0..C-1
-    x_test: torch.Tensor   # uint8 [M,3,H,W]
+    x_test: torch.Tensor   # uint8 [M,3,H,W], or ImageFiles
     y_test: torch.Tensor   # int64 [M]
     class_names: list      # C strings
 
 
-def load_dataset(name, root="data"):
-    """`shapes`, `cifar10`, `cifar100`, or the path of an .npz with the keys x_train, y_train,
-    x_test, y_test and, if you like, class_names. Images: uint8 [N,H,W,3] or grey [N,H,W].
+FILE_SETS = "folder", "imagenet_lt", "inat18"
 
-    The CIFARs are read from root/<name>.npz; where that is missing, torchvision downloads
-    them and the file is written. Raises InputError for whatever cannot be read or used.
+
+def load_dataset(name, root="data", train_list="", test_list="", size=224):
+    """A Dataset by name. Raises InputError for whatever cannot be read or used.
+
+    shapes: drawn here.  cifar10, cifar100: read from root/<name>.npz; where that is missing,
+    torchvision downloads them and the file is written.  The path of an .npz: its arrays x_train,
+    y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
+    folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
+    files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
+    Files are read in training, for views of size x size pixels.
     """
     if name == "shapes":
         return draw_shapes()
-    require(name in ("cifar10", "cifar100") or name.endswith(".npz"),
-            f"unknown data set {name!r}: choose shapes, cifar10, cifar100 or the path of an .npz file")
+    if name in FILE_SETS:
+        return load_files(Path(root), train_list, test_list, size)
+    require(name in ("cifar10", "cifar100") or name.endswith(".npz"), f"unknown data set {name!r}: choose shapes, "
+            f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file")
     path = Path(name) if name.endswith(".npz") else Path(root) / f"{name}.npz"
     if not path.exists() and not name.endswith(".npz"):
         download_cifar(name, path)
     return read_npz(path)
+
+
+def check_labels(where, y_train, y_test, names=None):
+    """The class names, where both label arrays hold all classes 0..C-1; InputError otherwise."""
+    for part, y in (("training", y_train), ("test", y_test)):
+        require(len(y) > 0 and min(y) >= 0, f"{where}: the {part} labels are none or negative: classes are 0, 1, 2...")
+    C = int(max(y_train)) + 1
+    require(C > 1, f"{where}: there is one class alone: at least two are needed")
+    for part, y in (("training", y_train), ("test", y_test)):
+        require(max(y) < C, f"{where}: test label {max(y)}, but the training labels end at {C - 1}: number the classes 0..C-1")
+        empty = np.flatnonzero(np.bincount(y, minlength=C) == 0)
+        require(not len(empty), f"{where}: class {empty[:1].sum()} has no {part} image: remove it and renumber the others")
+    names = [str(name) for name in (range(C) if names is None else names)]
+    require(len(names) == C, f"{where}: {len(names)} class_names for {C} classes: give one for each")
+    return names
 
 
 def read_npz(path):
@@ -117,26 +143,101 @@ def read_npz(path):
     require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test")
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        require(x.dtype == np.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3),
+        require(x.dtype == np.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3) and x.shape[1] * x.shape[2],
                 f"{path}: x_{part} is {x.dtype} {list(x.shape)}: images are uint8 [N,H,W,3] or [N,H,W]")
         require(np.issubdtype(y.dtype, np.integer) and y.shape == x.shape[:1],
                 f"{path}: y_{part} is {y.dtype} {list(y.shape)}: labels are integers, one for each of {len(x)} images")
-        require(len(y) > 0 and y.min() >= 0, f"{path}: y_{part} is empty or holds a negative label: classes are 0, 1, 2...")
-    C = int(arrays["y_train"].max()) + 1
-    require(C > 1, f"{path}: y_train holds one class alone: at least two are needed")
-    for part in ("train", "test"):
-        y = arrays[f"y_{part}"]
-        require(y.max() < C, f"{path}: y_{part} holds label {y.max()}, but y_train ends at {C - 1}: number the classes 0..C-1")
-        empty = np.flatnonzero(np.bincount(y, minlength=C) == 0)
-        require(not len(empty), f"{path}: class {empty[:1].sum()} has no image in y_{part}: remove it and renumber the others")
-    names = [str(n) for n in arrays.get("class_names", range(C))]
-    require(len(names) == C, f"{path}: {len(names)} class_names for {C} classes: give one for each")
     require(arrays["x_train"].shape[1:3] == arrays["x_test"].shape[1:3],
             f"{path}: training and test images differ in size: resize them to one")
+    names = check_labels(path, arrays["y_train"], arrays["y_test"], arrays.get("class_names"))
     images = [torch.from_numpy(a if a.ndim == 4 else np.stack([a] * 3, 3)).permute(0, 3, 1, 2).contiguous()
               for a in (arrays["x_train"], arrays["x_test"])]
     labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
     return Dataset(images[0], labels[0], images[1], labels[1], names)
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files of any size and kind as uint8 [3,side,side]: the shorter side resized, the middle
+    cut out. side None: as they are. Item i is (pixels, row); row is i, or where file i cannot be
+    read, that of the next one that can, whose pixels these are."""
+
+    def __init__(self, paths, side):
+        self.paths, self.side = paths, side
+
+    def __len__(self):
+        return len(self.paths)
+
+    def subset(self, rows):
+        return ImageFiles([self.paths[i] for i in rows], self.side)
+
+    def __getitem__(self, i):
+        for row in [*range(i, len(self)), *range(i)]:
+            try:
+                x = pil_to_tensor(default_loader(self.paths[row]))              # uint8 [3,h,w]
+            except (OSError, ValueError, SyntaxError):  # all that PIL raises for a broken file
+                continue
+            return (x if self.side is None else center_crop(resize(x, self.side), self.side)), row
+        raise InputError(f"none of {len(self)} image files can be read, {self.paths[i]} for one: look at them")
+
+
+def report_unreadable(paths, total):
+    """Name the image files that are left out. Raises InputError beyond 1 % of all."""
+    for path in paths:
+        print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
+    require(len(paths) <= 0.01 * total, f"{len(paths)} of {total} image files cannot be read, {[*paths][:1]} for one, "
+            "more than 1 %: mend or remove them")
+
+
+def into_memory(files, y):
+    """Small images of one size as a tensor and their labels; None for any others."""
+    pixels, rows = [], []
+    for i in range(len(files)):
+        x, row = files[i]
+        if max(x.shape) > 64 or pixels and x.shape != pixels[0].shape:
+            return None
+        if row == i:
+            pixels.append(x)
+            rows.append(i)
+    report_unreadable([files.paths[i] for i in sorted({*range(len(files))} - {*rows})], len(files))
+    return torch.stack(pixels), y[rows]
+
+
+def read_list(path, root):
+    """The image paths and labels of a list file with lines "path label". Raises InputError."""
+    path = path if path.exists() else root / path
+    require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
+    rows = []
+    for n, line in enumerate(path.read_text().splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        require(name and label.isdecimal(), f"{path}, line {n}: {line!r} is not a path and a class number")
+        rows.append((str(root / name), int(label)))
+    return rows
+
+
+def load_files(root, train_list, test_list, size):
+    """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
+    if train_list or test_list:
+        rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
+    else:
+        held_out = next((p for p in (root / "val", root / "test") if p.is_dir()), root / "val")
+        for folder in (root / "train", held_out):
+            require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
+                    "and val/<class>/* (or test)")
+        train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
+        different = set(train.classes) ^ set(test.classes)
+        require(not different, f"{root}: class {min(different, default='')!r} is in one of train and {held_out.name} alone: "
+                "both need the same class folders")
+        rows, names = [train.samples, test.samples], train.classes
+    files = [ImageFiles([path for path, _ in part], None) for part in rows]
+    labels = [torch.tensor([label for _, label in part]) for part in rows]
+    names = check_labels(root, *(y.numpy() for y in labels), names)
+    train = into_memory(files[0], labels[0])
+    test = train and into_memory(files[1], labels[1])
+    if test and train[0].shape[1:] == test[0].shape[1:]:
+        check_labels(root, train[1].numpy(), test[1].numpy(), names)
+        return Dataset(*train, *test, names)
+    side = size * 8 // 7                                # 256 for views of 224
+    return Dataset(ImageFiles(files[0].paths, side), labels[0], ImageFiles(files[1].paths, side), labels[1], names)
 
 
 def download_cifar(name, path):
@@ -599,10 +700,13 @@ TINY = 1e-9  # "above zero", as a bound
 @dataclass
 class Config:
     """[H]'s CIFAR settings are the defaults; PRESETS holds what other data sets change."""
-    dataset: str = setting("shapes", "shapes, cifar10, cifar100 or the path of an .npz file")
+    dataset: str = setting("shapes", "shapes, cifar10, cifar100, folder, imagenet_lt, inat18 or the path of an .npz file")
     imb: float = setting(100.0, "images of the largest class over those of the smallest; 1: all, as it is", low=1)
     method: str = setting("dscl", "contrastive loss; ce: cross-entropy alone", ["ce", "sc", "psc", "dscl"])
-    data: str = setting("data", "folder of the downloaded data sets")
+    data: str = setting("data", "folder of the downloaded data sets, or of the image files")
+    train_list: str = setting("", "folder: a file with lines 'path label', the paths below --data; empty: class folders")
+    test_list: str = setting("", "folder: the same of the test images")
+    workers: int = setting(4, "processes that read image files", low=0)
     out: str = setting("", "folder of the run; empty: a new one under runs/")
     net: str = setting("resnet32", "backbone", list(NETS))
     epochs: int = setting(200, "passes over the training set", low=1)
@@ -616,7 +720,7 @@ class Config:
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
     pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
     patches: int = setting(5, "patches an image", low=1)
-    patch_size: int = setting(16, "side of the resized patches in pixels", low=1)
+    patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0)
     side_scale: str = setting("off", "draw patches by the side's scale, as [D]'s supplement", ["off", "on"])
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
@@ -625,8 +729,8 @@ class Config:
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
     stage2_batch: int = setting(2048, "two-stage: its batch", low=1)
     stage2_lr: float = setting(10.0, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
-    aug: str = setting("crop", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]",
-                       ["crop", "resized"])
+    aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
+                       "auto: resized for image files", ["auto", "crop", "resized"])
     size: int = setting(224, "side of a resized view in pixels", low=8)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
@@ -654,12 +758,21 @@ class Config:
         return cls(**presets[0] | presets[1] | presets[2] | given)
 
 
+IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
+                tau=0.07, curriculum="two-stage")       # [D, settings]
+MEMORY = dict(ema=0.999, queue=65536)
+
 PRESETS = {
-    "shapes": dict(net="resnet8", epochs=20, batch_size=32, lr=0.2, warmup=2.0),
+    "shapes": dict(net="resnet8", epochs=20, batch_size=32, lr=0.2, warmup=2.0, patches=2),
     "cifar10": {},
     "cifar100": {},
     ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
     ".npz": dict(imb=1.0),              # your own images are taken as they are
+    "folder": dict(imb=1.0, net="resnet18", batch_size=256, lr=0.1, weight_decay=5e-4, schedule="cosine"),
+    "imagenet_lt": IMAGENET | dict(train_list="ImageNet_LT_train.txt", test_list="ImageNet_LT_test.txt"),
+    ("imagenet_lt", "dscl"): MEMORY,
+    "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
+    ("inat18", "dscl"): MEMORY,
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
@@ -716,11 +829,18 @@ class Trainer:
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         require(c.method == "dscl" or not (c.ema or c.queue), f"--ema and --queue are DSCL's: not for --method {c.method}")
-        self.x, self.y = data.x_train[kept].to(self.device), data.y_train[kept].to(self.device)
-        self.x_test, self.y_test = data.x_test.to(self.device), data.y_test
+        if c.queue > len(kept):
+            print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice", file=sys.stderr)
+        in_memory, self.unreadable = isinstance(data.x_train, torch.Tensor), set()
+        self.x = data.x_train[kept].to(self.device) if in_memory else data.x_train.subset(kept)
+        self.x_test = data.x_test.to(self.device) if in_memory else data.x_test
+        self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
+        self.augmentation = AUGMENTATIONS[{"auto": "crop" if in_memory else "resized"}.get(c.aug, c.aug)]
         self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])    # C, [C]
         self.class_size = self.counts.float().to(self.device)                                   # [C]
-        std, mean = torch.std_mean(data.x_train[kept].float() / 255, (0, 2, 3))                 # [3], [3]
+        sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
+        pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
+        std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         amp = pick_amp(c.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.manual_seed(c.seed)
@@ -735,6 +855,20 @@ class Trainer:
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.rng = torch.Generator(self.device).manual_seed(c.seed)  # of batches and views
+
+    def images(self, x, plan):
+        """The images of each batch of rows in plan, uint8 [n,3,H,W] on the device, with the rows
+        that they are. Files are read by workers; one that can't be is left out for its neighbour."""
+        if isinstance(x, torch.Tensor):
+            yield from ((x[rows], rows) for rows in plan)
+            return
+        loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
+                                             num_workers=self.config.workers, pin_memory=self.device.type == "cuda")
+        for (pixels, rows), asked in zip(loader, plan):
+            new = {x.paths[i] for i in asked.cpu()[rows != asked.cpu()].tolist()} - self.unreadable
+            self.unreadable |= new
+            report_unreadable(new, len(x)) if len(self.unreadable) <= 0.01 * len(x) else report_unreadable(self.unreadable, len(x))
+            yield pixels.to(self.device, non_blocking=True), rows.to(self.device)
 
     def contrast_loss(self, q, k, y, prototypes, queue):
         """Of one expert's embeddings of two views, [N,D] each. Every view is an anchor once, but
@@ -751,8 +885,9 @@ class Trainer:
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
         c, (N, _, H, W) = self.config, view.shape
+        side = c.patch_size or (H // 2 if self.augmentation[0] is crop_view else H * 2 // 7)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.side_scale == "on")     # [N,L,4]
-        patches = AUGMENTATIONS[c.aug][3](cut(view, boxes, c.patch_size), self.rng)             # [N*L,3,P,P]
+        patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]
         with running_statistics_at_rest(self.net):
             students = self.net.embed(self.net.maps(patches))                                   # [E,N*L,D]
             with torch.no_grad():
@@ -791,7 +926,7 @@ class Trainer:
         batch; x_ce and y_ce: the classifier's; weight: the contrast weight. One forward pass for
         all views, so that BatchNorm's statistics are those of what the classifier meets."""
         c, N = self.config, len(y)
-        query, key, plain, _ = AUGMENTATIONS[c.aug]
+        query, key, plain, _ = self.augmentation
         views = [query(x, self.rng, c.size), key(x, self.rng, c.size)] if weight else []        # [N,3,H,W] each
         live = views[:1] if self.keys else views[:]     # the momentum encoder takes the keys' view
         if self.classifies(weight):
@@ -821,9 +956,10 @@ class Trainer:
             plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
         optimizer = self.optimizers[second]
         self.net.train(not second)                      # frozen: BatchNorm as in evaluation
-        for i, rows in enumerate(torch.cat([p.view(steps, N) for p in plan], 1)):               # [2N] or [N]
+        plan = torch.cat([rows.view(steps, N) for rows in plan], 1)     # [steps,2N], or [steps,N] for one branch
+        for i, (x, rows) in enumerate(self.images(self.x, plan)):
             tick(i, steps)
-            x, y = self.x[rows], self.y[rows]
+            y = self.y[rows]
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -847,8 +983,13 @@ class Trainer:
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
         self.net.eval()
-        logits = [self.net(x.float() / 255) for x in self.x_test.split(1000)]       # [1000,C] each
-        return accuracy(torch.cat(logits).argmax(1).cpu(), self.y_test, self.counts)
+        plan, predicted, y = torch.arange(len(self.y_test)).split(500), [], []
+        for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
+            x = x if self.augmentation[0] is crop_view else center_crop(x, self.config.size)    # [500,3,H,W]
+            known = (rows.cpu() == asked)               # all but files that can't be read
+            predicted.append(self.net(x.float() / 255).argmax(1).cpu()[known])
+            y.append(self.y_test[asked][known])
+        return accuracy(torch.cat(predicted), torch.cat(y), self.counts)
 
     def state_dict(self):
         """Plain values and tensors alone: loads with weights_only=True."""

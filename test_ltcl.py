@@ -580,6 +580,117 @@ def test_the_command_line_itself(tiny, tmp_path):
     assert (tmp_path / "runs" / "tiny-imb1-dscl-resnet8-seed0-1" / "last.pt").is_file()     # beside the user, not the code
 
 
+# --- folders and lists of image files ---------------------------------------------------------
+
+def write_tree(root, n=(8, 6, 4, 1), size=(80, 60), held_out="val", modes=("RGB", "L", "P", "RGBA")):
+    """Class folders of bright to dark pictures, in all modes that pictures come in."""
+    from PIL import Image
+    rng = np.random.RandomState(0)
+    for part, counts in (("train", n), (held_out, [2] * len(n))):
+        for c, count in enumerate(counts):
+            (root / part / f"class{c}").mkdir(parents=True)
+            for i in range(count):
+                pixels = (rng.randint(60, size=(size[1], size[0], 3)) + 50 * c).astype(np.uint8)
+                Image.fromarray(pixels).convert(modes[i % len(modes)]).save(root / part / f"class{c}" / f"{i}.png")
+    return root
+
+
+FOLDER = ["--dataset", "folder", "--net", "resnet18", "--method", "dscl", "--size", "64", "--batch-size", "6", "--epochs", "1",
+          "--lr", "0.02", "--patches", "2", "--workers", "2", "--device", "cpu"]
+
+
+def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
+    write_tree(tmp_path / "data", size=(224, 260), held_out="test")
+    assert train.main([*FOLDER, "--data", str(tmp_path / "data"), "--queue", "64", "--ema", "0.9", "--curriculum", "two-stage",
+                       "--stage2-epochs", "1", "--stage2-lr", "0.1", "--out", str(tmp_path / "run")]) == 0
+    shown = capfd.readouterr()
+    assert "warning: --queue 64" in shown.err and "19 training images in 4 classes of 8 to 1, 8 test images" in shown.out
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["class_names"] == ["class0", "class1", "class2", "class3"] and (saved["queue_y"] >= 0).sum() == 18
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["loss_pbsd"] > 0 and log[0]["loss_ce"] is None and log[1]["loss_contrast"] is None
+    assert (tmp_path / "run" / "views.png").stat().st_size > 1000
+
+
+def test_small_images_of_one_size_go_into_memory(tmp_path):
+    write_tree(tmp_path, size=(32, 32))
+    data = ltcl.load_dataset("folder", tmp_path)
+    assert data.x_train.shape == (19, 3, 32, 32) and data.x_test.shape == (8, 3, 32, 32)
+    write_tree(tmp_path / "mixed", size=(32, 32))
+    (tmp_path / "mixed" / "train" / "class0" / "0.png").write_bytes(
+        (write_tree(tmp_path / "other", size=(30, 32)) / "train" / "class0" / "0.png").read_bytes())
+    assert isinstance(ltcl.load_dataset("folder", tmp_path / "mixed").x_train, ltcl.ImageFiles)
+
+
+def test_thinned_folder(tmp_path):
+    write_tree(tmp_path, n=(8, 8, 8, 8), size=(32, 32))
+    trainer = ltcl.Trainer(ltcl.Config.of(dataset="folder", imb=4, batch_size=4, net="resnet8", device="cpu"),
+                           ltcl.load_dataset("folder", tmp_path))
+    assert trainer.counts.tolist() == [8, 5, 3, 2]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (80, 70)])
+def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd):
+    write_tree(tmp_path / "data", n=(90, 40), size=size, modes=("RGB",))
+    for bad in (tmp_path / "data" / "train" / "class0" / "7.png", tmp_path / "data" / "val" / "class1" / "1.png"):
+        bad.write_bytes(bad.read_bytes()[:100])
+    for i in range(200):                                # one test image in a hundred may be unreadable
+        copy = tmp_path / "data" / "val" / "class0" / f"copy{i}.png"
+        copy.write_bytes((tmp_path / "data" / "val" / "class0" / "0.png").read_bytes())
+    argv = [*FOLDER, "--method", "ce", "--data", str(tmp_path / "data"), "--net", "resnet8", "--batch-size", "60"]
+    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2 and any("7.png" in w for w in warnings) and any("1.png" in w for w in warnings)
+    for i in (3, 4):                                    # 3 of 130
+        (tmp_path / "data" / "train" / "class0" / f"{i}.png").write_bytes(b"")
+    assert train.main([*argv, "--out", str(tmp_path / "run2")]) == 2
+    assert "3 of 130 image files cannot be read" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_list_files(tmp_path, capsys):
+    root = write_tree(tmp_path / "images", n=(100, 50), size=(32, 32), modes=("RGB",))
+    for part in ("train", "val"):
+        files = sorted((root / part).rglob("*.png"))
+        (tmp_path / f"{part}.txt").write_text("".join(f"{p.relative_to(root).as_posix()} {p.parent.name[-1]}\n" for p in files))
+    lists = ["--train-list", str(tmp_path / "train.txt"), "--test-list", str(tmp_path / "val.txt")]
+    data = ltcl.load_dataset("folder", root, *lists[1::2])
+    assert torch.bincount(data.y_train).tolist() == [100, 50] and data.class_names == ["0", "1"]
+    argv = [*FOLDER, "--data", str(root), "--net", "resnet8", "--out", str(tmp_path / "run"), *lists]
+    whole = (tmp_path / "train.txt").read_text()
+    for line, words in (("no-label", "'no-label' is not a path"), ("a.png -1", "'a.png -1'"), ("a.png x", "'a.png x'"), ("a.png", "line 151")):
+        (tmp_path / "train.txt").write_text(whole + line + "\n")
+        refused(capsys, tmp_path, argv, "train.txt, line 151", words)
+    (tmp_path / "train.txt").write_text(whole)
+    (tmp_path / "val.txt").write_text((tmp_path / "val.txt").read_text() + "val/class1/0.png 7\n")
+    refused(capsys, tmp_path, argv, "test label 7")
+    (tmp_path / "val.txt").write_text((tmp_path / "val.txt").read_text().replace(" 7\n", " 1\n"))
+    (tmp_path / "train.txt").write_text(whole + "train/missing.png 1\n")
+    assert train.main([*argv, "--method", "ce"]) == 0   # one of 151 is missing
+    assert "missing.png is not a readable image" in capsys.readouterr().err
+    refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
+    refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
+
+
+def test_bad_folders(tmp_path, capsys):
+    argv = [*FOLDER, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    refused(capsys, tmp_path, argv, "train does not exist")
+    write_tree(tmp_path, n=(3, 3), size=(32, 32))
+    (tmp_path / "val" / "class1").rename(tmp_path / "val" / "zebra")
+    refused(capsys, tmp_path, argv, "class1", "val alone")
+    for p in (tmp_path / "train" / "class0").iterdir():
+        p.unlink()
+    refused(capsys, tmp_path, argv, "class0")
+
+
+def test_presets_are_the_papers_settings():
+    c = ltcl.Config.of(dataset="imagenet_lt")
+    assert (c.net, c.epochs, c.batch_size, c.lr, c.weight_decay, c.warmup, c.schedule) == ("resnet50", 200, 256, 0.1, 5e-4, 10, "cosine")
+    assert (c.ema, c.queue, c.tau, c.alpha, c.patches, c.pbsd, c.curriculum) == (0.999, 65536, 0.07, 0.1, 5, 1.5, "two-stage")
+    assert (c.stage2_epochs, c.stage2_batch, c.stage2_lr, c.imb) == (40, 2048, 10, 1)
+    assert ltcl.Config.of(dataset="inat18", method="sc").queue == 0
+    assert ltcl.Config.of(dataset="cifar10", method="psc").tau == 1 and ltcl.Config.of(dataset="cifar100", method="psc").tau == 0.1
+
+
 # --- downloads, with torchvision's class stood in for ----------------------------------------
 
 class StandIn:
@@ -646,6 +757,10 @@ def refused(capsys, folder, argv, *words):
     (["--momentum", "-0.1"], ["--momentum"]),
     (["--seed", "-1"], ["--seed"]),
     (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--method", "sc", "--queue", "8"], ["--queue", "DSCL"]),
+    (["--ema", "1.1"], ["--ema"]),
+    (["--pbsd", "-1"], ["--pbsd"]),
+    (["--experts", "0"], ["--experts"]),
     (["--learning-rate", "1"], ["--learning-rate", "--help"]),
     (["--ep", "1"], ["--ep"]),
     (["stray"], ["stray"]),
@@ -670,11 +785,11 @@ A = arrays()
     (dict(x_test=A["x_test"][:, :4, :4]), ["differ in size"]),
     (dict(y_train=A["y_train"][:-1]), ["y_train", "[20]"]),
     (dict(y_train=A["y_train"].astype(float)), ["y_train", "float64"]),
-    (dict(y_train=A["y_train"] - 1), ["y_train", "negative"]),
-    (dict(y_test=A["y_test"] + 1), ["y_test", "label 3"]),
-    (dict(y_train=A["y_train"] * 2, y_test=A["y_test"] * 2), ["class 1", "y_train"]),
-    (dict(x_test=A["x_test"][:4], y_test=A["y_test"][:4]), ["class 2", "y_test"]),
-    (dict(x_train=A["x_train"][:0], y_train=A["y_train"][:0]), ["y_train", "empty"]),
+    (dict(y_train=A["y_train"] - 1), ["training labels", "negative"]),
+    (dict(y_test=A["y_test"] + 1), ["test label 3"]),
+    (dict(y_train=A["y_train"] * 2, y_test=A["y_test"] * 2), ["class 1 has no training image"]),
+    (dict(x_test=A["x_test"][:4], y_test=A["y_test"][:4]), ["class 2 has no test image"]),
+    (dict(x_train=A["x_train"][:0], y_train=A["y_train"][:0]), ["training labels are none"]),
     (dict(y_train=A["y_train"] * 0, y_test=A["y_test"] * 0), ["one class"]),
     (dict(class_names=np.array(["a", "b"])), ["2 class_names", "3 classes"]),
     (dict(class_names=np.array(["a", "b", None])), ["class_names", "savez"]),

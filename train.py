@@ -66,20 +66,27 @@ def live(text):
         print(f"\r{text}\x1b[K", end="", flush=True)
 
 
+def small(x):
+    return torch.nn.functional.interpolate(x, (64, 64), mode="area")
+
+
 def save_views(trainer, path, columns=20, rows=8):
     """A picture of the long tail: the classes from head to tail, each a pile of training images as
     high as the class is large, and below it two views of one image."""
     order = trainer.counts.argsort(descending=True, stable=True)
     order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()].tolist()
-    images = [trainer.x[trainer.y == c][:rows].cpu() for c in order]            # [<=rows,3,H,W] each
+    found = [(trainer.y == c).nonzero()[:rows, 0] for c in order]
+    pixels, _ = next(trainer.images(trainer.x, [torch.cat(found)]))             # uint8 [n,3,H,W]
+    images = pixels.cpu().split([len(f) for f in found])                        # [<=rows,3,H,W] of each class
     height = [math.ceil(rows * trainer.counts[c] / trainer.counts.max()) for c in order]
-    white, rng = torch.ones_like(images[0][0].float()), torch.Generator().manual_seed(0)
-    pile = [x[h - r].float() / 255 if r <= h and h - r < len(x) else white
-            for r in range(rows, 0, -1) for x, h in zip(images, height)]
-    first = torch.stack([x[0] for x in images])                                 # [columns,3,H,W]
-    views = [view for _ in range(2) for view in ltcl.AUGMENTATIONS[trainer.config.aug][0](first, rng, trainer.config.size)]
-    grid = torchvision.utils.make_grid(torch.stack(pile + [white] * len(order) + views), nrow=len(order), pad_value=1)
-    torchvision.utils.save_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), path, format="png")
+    first, rng = torch.stack([x[0] for x in images]), torch.Generator().manual_seed(0)
+    query, key, _, _ = trainer.augmentation
+    views = [small(view(first, rng, trainer.config.size)) for view in (query, key)]     # [columns,3,64,64] each
+    images = [small(x / 255) for x in images]
+    white = torch.ones(3, 64, 64)
+    pile = [x[h - r] if 0 <= h - r < len(x) else white for r in range(rows, 0, -1) for x, h in zip(images, height)]
+    grid = torch.cat([torch.stack(pile + [white] * len(order)), *views])
+    torchvision.utils.save_image(grid, path, format="png", nrow=len(order), padding=4, pad_value=1)
 
 
 EPOCH = dict.fromkeys(("epoch", "loss", "loss_contrast", "loss_pbsd", "loss_ce", "contrast_weight", "lr", "cos_positive",
@@ -90,7 +97,8 @@ def train(config):
     """Train one run: config.json, log.jsonl (an object an epoch) and last.pt go to its folder.
     Returns the last epoch's record and the trainer."""
     out = run_folder(config)
-    trainer = ltcl.Trainer(config, ltcl.load_dataset(config.dataset, config.data))
+    trainer = ltcl.Trainer(config, ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list,
+                                                      config.size))
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", lambda p: p.write_text(json.dumps(asdict(config) | dict(out=str(out)), indent=1)))
     write_whole(out / "views.png", lambda p: save_views(trainer, p))
