@@ -117,11 +117,12 @@ def load_dataset(name, root="data", train_list="", test_list="", size=224):
 def check_labels(where, y_train, y_test, names=None):
     """The class names, where both label arrays hold all classes 0..C-1; InputError otherwise."""
     for part, y in (("training", y_train), ("test", y_test)):
-        require(len(y) > 0 and min(y) >= 0, f"{where}: the {part} labels are none or negative: classes are 0, 1, 2...")
-    C = int(max(y_train)) + 1
+        require(len(y) > 0 and y.min() >= 0, f"{where}: the {part} labels are none or negative: classes are 0, 1, 2...")
+    C = int(y_train.max()) + 1
     require(C > 1, f"{where}: there is one class alone: at least two are needed")
+    require(y_test.max() < C, f"{where}: test label {y_test.max()}, but the training labels end at {C - 1}: "
+            "number the classes 0..C-1")
     for part, y in (("training", y_train), ("test", y_test)):
-        require(max(y) < C, f"{where}: test label {max(y)}, but the training labels end at {C - 1}: number the classes 0..C-1")
         empty = np.flatnonzero(np.bincount(y, minlength=C) == 0)
         require(not len(empty), f"{where}: class {empty[:1].sum()} has no {part} image: remove it and renumber the others")
     names = [str(name) for name in (range(C) if names is None else names)]
@@ -149,11 +150,11 @@ def read_npz(path):
                 f"{path}: y_{part} is {y.dtype} {list(y.shape)}: labels are integers, one for each of {len(x)} images")
     require(arrays["x_train"].shape[1:3] == arrays["x_test"].shape[1:3],
             f"{path}: training and test images differ in size: resize them to one")
-    names = check_labels(path, arrays["y_train"], arrays["y_test"], arrays.get("class_names"))
+    labels = [arrays[key].astype(np.int64) for key in ("y_train", "y_test")]
+    names = check_labels(path, *labels, arrays.get("class_names"))
     images = [torch.from_numpy(a if a.ndim == 4 else np.stack([a] * 3, 3)).permute(0, 3, 1, 2).contiguous()
               for a in (arrays["x_train"], arrays["x_test"])]
-    labels = [torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")]
-    return Dataset(images[0], labels[0], images[1], labels[1], names)
+    return Dataset(images[0], torch.from_numpy(labels[0]), images[1], torch.from_numpy(labels[1]), names)
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -174,18 +175,18 @@ class ImageFiles(torch.utils.data.Dataset):
         for row in [*range(i, len(self)), *range(i)]:
             try:
                 x = pil_to_tensor(default_loader(self.paths[row]))              # uint8 [3,h,w]
-            except (OSError, ValueError, SyntaxError):  # all that PIL raises for a broken file
+            except Exception:  # whatever PIL raises for a missing, broken or monstrous file
                 continue
             return (x if self.side is None else center_crop(resize(x, self.side), self.side)), row
         raise InputError(f"none of {len(self)} image files can be read, {self.paths[i]} for one: look at them")
 
 
-def report_unreadable(paths, total):
-    """Name the image files that are left out. Raises InputError beyond 1 % of all."""
-    for path in paths:
+def report_unreadable(new, known, total):
+    """Name newly met image files that are left out. Raises InputError when over 1 % of all are known."""
+    for path in sorted(new):
         print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
-    require(len(paths) <= 0.01 * total, f"{len(paths)} of {total} image files cannot be read, {[*paths][:1]} for one, "
-            "more than 1 %: mend or remove them")
+    require(len(known) <= 0.01 * total, f"{len(known)} of {total} image files cannot be read, more than 1 %: "
+            "mend or remove those named above")
 
 
 def into_memory(files, y):
@@ -198,7 +199,8 @@ def into_memory(files, y):
         if row == i:
             pixels.append(x)
             rows.append(i)
-    report_unreadable([files.paths[i] for i in sorted({*range(len(files))} - {*rows})], len(files))
+    bad = {*files.paths} - {files.paths[i] for i in rows}
+    report_unreadable(bad, bad, len(files))
     return torch.stack(pixels), y[rows]
 
 
@@ -229,7 +231,7 @@ def load_files(root, train_list, test_list, size):
                 "both need the same class folders")
         rows, names = [train.samples, test.samples], train.classes
     files = [ImageFiles([path for path, _ in part], None) for part in rows]
-    labels = [torch.tensor([label for _, label in part]) for part in rows]
+    labels = [torch.tensor([label for _, label in part], dtype=torch.int64) for part in rows]
     names = check_labels(root, *(y.numpy() for y in labels), names)
     train = into_memory(files[0], labels[0])
     test = train and into_memory(files[1], labels[1])
@@ -449,10 +451,21 @@ class Block(nn.Module):
         return F.relu(out + shortcut)
 
 
-def cifar_resnet(depth):
-    """The CIFAR ResNet of depth 6n+2 (He et al. 2016, sec. 4.2): [B,3,H,W] -> [B,64,H/4,W/4],
-    as its early stages and its last."""
-    n = (depth - 2) // 6
+CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
+NETS = [*CIFAR_NETS, "resnet18", "resnet50", "resnext50_32x4d"]
+
+
+def backbone(name):
+    """The layers of a network without weights: its early stages, its last stage, and its width.
+
+    CIFAR ResNets of depth 6n+2 (He et al. 2016, sec. 4.2): [B,3,H,W] -> [B,64,H/4,W/4].
+    torchvision's networks: [B,3,H,W] -> [B,width,H/32,W/32], width 512 or 2048.
+    """
+    if name not in CIFAR_NETS:
+        net = torchvision.models.get_model(name)
+        *early, last, _, _ = net.children()             # ..., layer4, pooling, linear layer
+        return early, [last], net.fc.in_features
+    n = (CIFAR_NETS[name] - 2) // 6
     widths = [16] * (n + 1) + [32] * n + [64] * n
     blocks = [Block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
     layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks]
@@ -460,17 +473,6 @@ def cifar_resnet(depth):
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight)
     return layers[:-n], layers[-n:], 64
-
-
-def big_resnet(name):
-    """torchvision's network without weights: [B,3,H,W] -> [B,512 or 2048,H/32,W/32], likewise."""
-    net = torchvision.models.get_model(name)
-    *early, last, _, _ = net.children()                 # ..., layer4, pooling, linear layer
-    return early, [last], net.fc.in_features
-
-
-CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
-NETS = [*CIFAR_NETS, "resnet18", "resnet50", "resnext50_32x4d"]
 
 
 class Expert(nn.Module):
@@ -495,11 +497,11 @@ class Hybrid(nn.Module):
 
     def __init__(self, net, num_classes, mean, std, experts=1, dim=128, hidden=512, amp=None):
         super().__init__()
-        build = (lambda: cifar_resnet(CIFAR_NETS[net])) if net in CIFAR_NETS else (lambda: big_resnet(net))
-        early, last, width = build()
+        early, last, width = backbone(net)
         self.early = nn.Sequential(*early)              # shared by the experts; each has a last stage of its own
-        lasts = [last] + [build()[1] for _ in range(experts - 1)]
+        lasts = [last] + [backbone(net)[1] for _ in range(experts - 1)]
         self.experts = nn.ModuleList(Expert(last, width, num_classes, dim, hidden) for last in lasts)
+        self.dim = dim
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
         self.amp = amp
@@ -721,7 +723,8 @@ class Config:
     pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
     patches: int = setting(5, "patches an image", low=1)
     patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0)
-    side_scale: str = setting("off", "draw patches by the side's scale, as [D]'s supplement", ["off", "on"])
+    box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
+                             ["area", "side"])
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1)
@@ -731,7 +734,7 @@ class Config:
     stage2_lr: float = setting(10.0, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
                        "auto: resized for image files", ["auto", "crop", "resized"])
-    size: int = setting(224, "side of a resized view in pixels", low=8)
+    size: int = setting(224, "side of the views of image files in pixels", low=8)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
     amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
@@ -749,6 +752,8 @@ class Config:
             require(m["low"] is None or value >= m["low"], f"{name} is {value}: it must be "
                     + ("above 0" if m["low"] == TINY else f"{m['low']} or more"))
             require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be {m['high']} or less")
+        require(self.method == "dscl" or not (self.ema or self.queue), f"--ema and --queue are DSCL's: "
+                f"leave them out for --method {self.method}")
 
     @classmethod
     def of(cls, **given):
@@ -809,8 +814,8 @@ def accuracy(predicted, y, counts):
     and over those of each shot group; None for a group without classes."""
     C, hit = len(counts), (predicted == y).double()
     by_class = 100 * torch.zeros(C).double().index_add(0, y, hit) / torch.bincount(y, minlength=C)  # [C]
-    return dict(top1=100 * hit.mean().item(), balanced=by_class.mean().item(),
-                **{name: by_class[g].mean().item() if g.any() else None for name, g in shot_groups(counts).items()})
+    return dict(top1=100 * hit.mean().item(), balanced=by_class.nanmean().item(),
+                **{name: by_class[g].nanmean().item() if g.any() else None for name, g in shot_groups(counts).items()})
 
 
 class Trainer:
@@ -828,10 +833,9 @@ class Trainer:
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
-        require(c.method == "dscl" or not (c.ema or c.queue), f"--ema and --queue are DSCL's: not for --method {c.method}")
         if c.queue > len(kept):
             print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice", file=sys.stderr)
-        in_memory, self.unreadable = isinstance(data.x_train, torch.Tensor), set()
+        in_memory, self.unreadable = isinstance(data.x_train, torch.Tensor), {}    # files to paths met
         self.x = data.x_train[kept].to(self.device) if in_memory else data.x_train.subset(kept)
         self.x_test = data.x_test.to(self.device) if in_memory else data.x_test
         self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
@@ -840,6 +844,7 @@ class Trainer:
         self.class_size = self.counts.float().to(self.device)                                   # [C]
         sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
+        self.size = pixels.shape[2] if in_memory else c.size            # of a view's side
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         amp = pick_amp(c.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
@@ -847,7 +852,7 @@ class Trainer:
             net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, amp=amp)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.keys = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True) if c.ema else None
-        self.queue = torch.zeros(c.experts, c.queue, 128, device=self.device)                   # [E,K,D]
+        self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
         self.queue_y = torch.full((c.queue,), -1, device=self.device)                           # [K] -1: empty
         self.queue_at = 0                               # the slot to fill next
         classifiers = [p for e in net.experts for p in e.classifier.parameters()]
@@ -865,9 +870,10 @@ class Trainer:
         loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
                                              num_workers=self.config.workers, pin_memory=self.device.type == "cuda")
         for (pixels, rows), asked in zip(loader, plan):
-            new = {x.paths[i] for i in asked.cpu()[rows != asked.cpu()].tolist()} - self.unreadable
-            self.unreadable |= new
-            report_unreadable(new, len(x)) if len(self.unreadable) <= 0.01 * len(x) else report_unreadable(self.unreadable, len(x))
+            known = self.unreadable.setdefault(x, set())
+            new = {x.paths[i] for i in asked.cpu()[rows != asked.cpu()].tolist()} - known
+            known |= new
+            report_unreadable(new, known, len(x))
             yield pixels.to(self.device, non_blocking=True), rows.to(self.device)
 
     def contrast_loss(self, q, k, y, prototypes, queue):
@@ -886,7 +892,7 @@ class Trainer:
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
         c, (N, _, H, W) = self.config, view.shape
         side = c.patch_size or (H // 2 if self.augmentation[0] is crop_view else H * 2 // 7)
-        boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.side_scale == "on")     # [N,L,4]
+        boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]
         with running_statistics_at_rest(self.net):
             students = self.net.embed(self.net.maps(patches))                                   # [E,N*L,D]
@@ -921,49 +927,63 @@ class Trainer:
             self.queue[:, slots], self.queue_y[slots] = keys[:, len(y) - n:], y[len(y) - n:]
             self.queue_at = (self.queue_at + n) % K
 
-    def losses(self, x, y, x_ce, y_ce, weight):
+    def losses(self, x, y, x_ce, y_ce):
         """The loss of a step, and its parts. x [N,3,H,W] uint8 and y [N]: the instance-balanced
-        batch; x_ce and y_ce: the classifier's; weight: the contrast weight. One forward pass for
-        all views, so that BatchNorm's statistics are those of what the classifier meets."""
-        c, N = self.config, len(y)
+        batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
+        statistics are those of what the classifier meets."""
+        c, N, weight = self.config, len(y), self.weight
         query, key, plain, _ = self.augmentation
-        views = [query(x, self.rng, c.size), key(x, self.rng, c.size)] if weight else []        # [N,3,H,W] each
+        views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
         live = views[:1] if self.keys else views[:]     # the momentum encoder takes the keys' view
-        if self.classifies(weight):
-            live.append(plain(x_ce, self.rng, c.size))
+        if self.classifies:
+            live.append(plain(x_ce, self.rng, self.size))
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
             maps = self.net.maps(torch.cat(live))                       # [3N,width,h,w] of each expert
         parts = self.contrast(views, maps, y) if weight else {}
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
-        if self.classifies(weight):
+        if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
         return dict(loss=loss, **parts)
 
-    def classifies(self, weight):
-        return weight < 1 or self.config.curriculum != "two-stage"
+    @property
+    def weight(self):
+        """The epoch's contrast weight."""
+        c = self.config
+        return 0.0 if c.method == "ce" else contrast_weight(self.epoch, c.epochs, c.curriculum)
+
+    @property
+    def classifies(self):
+        """Does the epoch train the classifier? Not in the first of two stages."""
+        return self.weight < 1 or self.config.curriculum != "two-stage"
+
+    def batches(self, N, steps):
+        """The rows of an epoch's batches [steps,n]: n = N instance-balanced rows for the feature branch
+        and as many class-balanced ones for the classifier's, where the epoch trains it."""
+        order = torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]
+        if self.config.method == "ce" and self.epoch < self.config.epochs:      # the baseline
+            return order.view(steps, N)
+        plan = [order] if self.weight else []
+        if self.classifies:
+            plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
+        return torch.cat([rows.view(steps, N) for rows in plan], 1)
 
     def train_epoch(self, tick=lambda step, steps: None):
         """Once over the training set. Returns the epoch's means; nothing is read from the device
         before its end. tick is called before every step."""
-        c, second, history = self.config, self.epoch >= self.config.epochs, []
+        c, weight, second, history = self.config, self.weight, self.epoch >= self.config.epochs, []
         N = min(c.stage2_batch, len(self.y)) if second else c.batch_size
         steps = len(self.y) // N                        # the incomplete last batch is left out
-        weight = 0.0 if c.method == "ce" else contrast_weight(self.epoch, c.epochs, c.curriculum)
-        plan = [torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]] if weight or c.method == "ce" else []
-        if c.method != "ce" and self.classifies(weight):
-            plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
         optimizer = self.optimizers[second]
         self.net.train(not second)                      # frozen: BatchNorm as in evaluation
-        plan = torch.cat([rows.view(steps, N) for rows in plan], 1)     # [steps,2N], or [steps,N] for one branch
-        for i, (x, rows) in enumerate(self.images(self.x, plan)):
+        for i, (x, rows) in enumerate(self.images(self.x, self.batches(N, steps))):
             tick(i, steps)
-            y = self.y[rows]
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            parts = self.losses(x[:N], y[:N], x[-N:], y[-N:], weight)
+            y = self.y[rows]
+            parts = self.losses(x[:N], y[:N], x[-N:], y[-N:])
             optimizer.zero_grad()
             self.scaler.scale(parts["loss"]).backward()
             self.scaler.step(optimizer)
@@ -985,7 +1005,7 @@ class Trainer:
         self.net.eval()
         plan, predicted, y = torch.arange(len(self.y_test)).split(500), [], []
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            x = x if self.augmentation[0] is crop_view else center_crop(x, self.config.size)    # [500,3,H,W]
+            x = x if self.augmentation[0] is crop_view else center_crop(x, self.size)    # [500,3,H,W]
             known = (rows.cpu() == asked)               # all but files that can't be read
             predicted.append(self.net(x.float() / 255).argmax(1).cpu()[known])
             y.append(self.y_test[asked][known])

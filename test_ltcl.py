@@ -542,7 +542,8 @@ def test_experts_share_the_early_stages_and_average_their_logits():
     assert all(not torch.equal(a, e.last[0].conv1.weight) for a, e in zip(start, trainer.net.experts))
 
 
-@pytest.mark.parametrize("settings", [dict(method="sc", pbsd=1.0), dict(side_scale="on"), dict(queue=30), dict(ema=0.5),
+@pytest.mark.parametrize("settings", [dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30), dict(ema=0.5), dict(aug="resized"),
+                                      dict(method="ce", curriculum="two-stage", stage2_epochs=1),
                                       dict(method="psc", experts=2), dict(curriculum="two-stage", stage2_epochs=1)])
 def test_combinations_train(settings):
     trainer = tiny_trainer(**settings)
@@ -600,7 +601,7 @@ FOLDER = ["--dataset", "folder", "--net", "resnet18", "--method", "dscl", "--siz
 
 
 def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
-    write_tree(tmp_path / "data", size=(224, 260), held_out="test")
+    write_tree(tmp_path / "data", size=(120, 90), held_out="test")
     assert train.main([*FOLDER, "--data", str(tmp_path / "data"), "--queue", "64", "--ema", "0.9", "--curriculum", "two-stage",
                        "--stage2-epochs", "1", "--stage2-lr", "0.1", "--out", str(tmp_path / "run")]) == 0
     shown = capfd.readouterr()
@@ -637,7 +638,8 @@ def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd):
     for i in range(200):                                # one test image in a hundred may be unreadable
         copy = tmp_path / "data" / "val" / "class0" / f"copy{i}.png"
         copy.write_bytes((tmp_path / "data" / "val" / "class0" / "0.png").read_bytes())
-    argv = [*FOLDER, "--method", "ce", "--data", str(tmp_path / "data"), "--net", "resnet8", "--batch-size", "60"]
+    argv = [*FOLDER, "--method", "ce", "--data", str(tmp_path / "data"), "--net", "resnet8", "--batch-size", "60",
+            "--size", "32"]
     assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2 and any("7.png" in w for w in warnings) and any("1.png" in w for w in warnings)

@@ -81,7 +81,7 @@ def save_views(trainer, path, columns=20, rows=8):
     height = [math.ceil(rows * trainer.counts[c] / trainer.counts.max()) for c in order]
     first, rng = torch.stack([x[0] for x in images]), torch.Generator().manual_seed(0)
     query, key, _, _ = trainer.augmentation
-    views = [small(view(first, rng, trainer.config.size)) for view in (query, key)]     # [columns,3,64,64] each
+    views = [small(view(first, rng, trainer.size)) for view in (query, key)]     # [columns,3,64,64] each
     images = [small(x / 255) for x in images]
     white = torch.ones(3, 64, 64)
     pile = [x[h - r] if 0 <= h - r < len(x) else white for r in range(rows, 0, -1) for x, h in zip(images, height)]
@@ -108,14 +108,14 @@ def train(config):
     while trainer.epoch < trainer.epochs:
         began, head = time.time(), f"epoch {trainer.epoch + 1:3}/{trainer.epochs}"
         record = EPOCH | trainer.train_epoch(lambda i, steps: live(f"{head}  step {i + 1}/{steps}"))
-        record |= trainer.evaluate() | dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
+        record |= (trainer.evaluate() if record["loss_ce"] is not None else {}) | dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
         write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         left = (time.time() - start) / trainer.epoch * (trainer.epochs - trainer.epoch)
         live("")
         print(f"{head}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  lr {record['lr']:.4f}"
-              f"  top-1 {record['top1']:5.2f} %  {record['seconds']:5.1f} s  {left / 60:5.1f} min left", flush=True)
+              f"  {'no classifier yet' if record['top1'] is None else 'top-1 {:5.2f} %'.format(record['top1'])}  {record['seconds']:5.1f} s  {left / 60:5.1f} min left", flush=True)
     print_result(config, record, trainer, out, time.time() - start)
     return record, trainer
 
