@@ -19,6 +19,7 @@ coefficient, is called the contrast weight here).
 """
 
 import contextlib
+import copy
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
@@ -367,21 +368,26 @@ def random_flip(x, rng, p=0.5):
     return torch.where(flip, x.flip(3), x)
 
 
-def random_colours(x, rng, jitter=(0.0, 0.0, 0.0, 0.0), p_jitter=0.8, p_grey=0.2):
-    """Brightness, contrast, saturation and hue each by up to its jitter, and grayscale: float
-    [B,3,H,W] in 0..1 -> same. All five are linear, so an image needs one 3x4 matrix. Hue turns
-    the colours about the grey axis."""
-    B, eye = len(x), torch.eye(3, device=x.device)
+def random_grayscale(x, rng, p=0.2):
+    """Take the colour away with probability p: float [B,3,H,W] -> same."""
+    luma = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]               # [B,1,H,W]
+    return torch.where(torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p, luma, x)
+
+
+def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8):
+    """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p: float
+    [B,3,H,W] in 0..1 -> same. All are linear (hue turns the colours about the grey axis), so that
+    an image needs one 3x4 matrix."""
+    eye = torch.eye(3, device=x.device)
     luma = x.new_tensor([[0.299, 0.587, 0.114]]).expand(3, 3)       # [3,3] colour -> its grey
     turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
-    draws = torch.rand(6, B, 1, 1, generator=rng, device=x.device)
-    b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p_jitter)  # [B,1,1] each
+    draws = torch.rand(5, len(x), 1, 1, generator=rng, device=x.device)
+    b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p)       # [B,1,1] each
     angle = 2 * math.pi * h
     hue = angle.cos() * eye + angle.sin() * turn + (1 - angle.cos()) / 3                # [B,3,3]
     colour = (1 + b) * (1 + c) * hue @ ((1 + s) * eye - s * luma)                       # [B,3,3]
-    shift = -c * (1 + b) * (x.mean((2, 3), keepdim=True) * luma[0].view(3, 1, 1)).sum(1)   # [B,1,1] of contrast
-    colour = torch.where(draws[5] < p_grey, luma @ colour, colour)                      # [B,3,3]
-    return (colour @ x.flatten(2) + shift).view_as(x).clamp(0, 1)
+    shift = -c * (1 + b) * (luma[:1] @ x.mean((2, 3))[:, :, None])                      # [B,1,1] of contrast
+    return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp(0, 1)
 
 
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
@@ -398,7 +404,11 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
 
 def crop_view(x, rng, size=None):
     """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1."""
-    return random_colours(random_flip(random_crop(x, rng), rng).float() / 255, rng)
+    return random_grayscale(random_flip(random_crop(x, rng), rng) / 255, rng)
+
+
+def crop_patch_view(x, rng):                            # to patches what [H]'s augmentation is to images
+    return random_grayscale(random_flip(x, rng), rng)
 
 
 def resized_view(x, rng, size):
@@ -408,19 +418,15 @@ def resized_view(x, rng, size):
 
 
 def query_view(x, rng, size):                           # [D, settings], as are the next two
-    return random_blur(random_colours(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0.1)), rng)
+    return random_blur(random_grayscale(random_jitter(resized_view(x, rng, size), rng), rng), rng)
 
 
 def key_view(x, rng, size):
-    return random_colours(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p_jitter=1, p_grey=0)
+    return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1)
 
 
 def patch_view(x, rng):
-    return random_blur(random_colours(random_flip(x, rng), rng, (0.4, 0.4, 0.4, 0.1)), rng)
-
-
-def crop_patch_view(x, rng):                            # to patches what [H]'s augmentation is to images
-    return random_colours(random_flip(x, rng), rng)
+    return random_blur(random_grayscale(random_jitter(random_flip(x, rng), rng), rng), rng)
 
 
 AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to a patch
@@ -563,13 +569,15 @@ def sc_loss(z, y, tau=0.1):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)              # [B,B]
-        positive = ((y[:, None] == y) & ~itself).to(z.dtype)                       # [B,B] 1 where j is in P_i
-        count = positive.sum(1)                                                    # [B] |P_i|
-        s = (z @ z.T / tau).masked_fill(itself, torch.finfo(z.dtype).min)          # [B,B]
-        target = positive @ z / count.clamp(min=1)[:, None]                        # [B,D]
-        loss = s.logsumexp(1) - (z * target).sum(1) / tau                          # [B]
-        return torch.where(count > 0, loss, 0).sum() / (count > 0).sum().clamp(min=1)
+        slot = torch.searchsorted(y.sort().values, y)                              # [B] one for each class in the batch
+        size = torch.zeros_like(z[:, 0]).index_add(0, slot, torch.ones_like(z[:, 0]))[slot]   # [B] |P_i| + 1
+        total = torch.zeros_like(z).index_add(0, slot, z)[slot]                    # [B,D] of the class: no B x B mask
+        target = (total - z) / (size - 1).clamp(min=1)[:, None]                    # [B,D]
+        row = torch.arange(len(z), device=z.device)                                # [B] itself is no candidate:
+        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
+        candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] by 512 rows: memory
+        loss = candidates - (z * target).sum(1) / tau                              # [B]
+        return torch.where(size > 1, loss, 0).sum() / (size > 1).sum().clamp(min=1)
 
 
 def psc_loss(z, y, prototypes, tau=0.1):
@@ -608,19 +616,26 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     """
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
-        rows, labels = torch.cat([k.to(q.dtype), q]), torch.cat([y, y])            # [2N,D], [2N]
+        k, one, lowest = k.to(q.dtype), torch.ones_like(q[:, 0]), torch.finfo(q.dtype).min
+        classes = y.sort().values                                                  # [N]
+        slot = torch.searchsorted(classes, y)                                      # [N] one for each class in the batch
+        total = torch.zeros_like(q).index_add(0, slot, q + k)                      # [N,D] sums over classes: no N x K mask
+        count = torch.zeros_like(one).index_add(0, slot, 2 * one)                  # [N]
+        blocks = [q @ k.T / tau, torch.addmm((lowest * one).diag(), q, q.T, alpha=1 / tau)]        # [N,N], itself barred
         if queue is not None:
-            rows, labels = torch.cat([rows, queue.to(q.dtype)]), torch.cat([labels, queue_y])  # [2N+K,D], [2N+K]
-        N, column = len(q), torch.arange(len(rows), device=q.device)
-        augmentation = column == column[:N, None]                                  # [N,2N+K]
-        barred = (column == column[:N, None] + N) | (labels == -1)                 # [N,2N+K] itself, empty slots
-        positive = ((y[:, None] == labels) & ~augmentation & ~barred).to(q.dtype)  # [N,2N+K] 1 where in P_i
-        count = positive.sum(1)                                                    # [N] |P_i|
-        s = (q @ rows.T / tau).masked_fill(barred, torch.finfo(q.dtype).min)       # [N,2N+K]
-        s_augmentation = s.diagonal()                                              # [N]
-        s_class = (q * (positive @ rows)).sum(1) / count.clamp(min=1) / tau        # [N] mean over P_i
-        weight = torch.ones_like(count).masked_fill(count > 0, alpha)              # [N]
-        return (s.logsumexp(1) - weight * s_augmentation - (1 - weight) * s_class).mean()
+            queue = queue.to(q.dtype)
+            there = torch.searchsorted(classes, queue_y).clamp(max=len(y) - 1)     # [K]
+            known = (classes[there] == queue_y).to(q.dtype)                        # [K] 0 for classes not in the batch
+            total = total.index_add(0, there, queue * known[:, None])              # [N,D]
+            count = count.index_add(0, there, known)                               # [N]
+            empty = lowest * (queue_y == -1).to(q.dtype)                           # [K]
+            blocks += [torch.addmm(e, q, m.T, alpha=1 / tau) for m, e in zip(queue.split(8192), empty.split(8192))]
+        P = count[slot] - 2                                                        # [N] |P_i|: not itself, not i+
+        s_class = (q * (total[slot] - q - k)).sum(1) / P.clamp(min=1) / tau        # [N] mean over P_i
+        s_augmentation = (q * k).sum(1) / tau                                      # [N]
+        weight = torch.ones_like(P).masked_fill(P > 0, alpha)                      # [N]
+        candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N] in blocks: memory
+        return (candidates - weight * s_augmentation - (1 - weight) * s_class).mean()
 
 
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
@@ -637,11 +652,13 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     with torch.autocast(s.device.type, enabled=False):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
         c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
-        empty = torch.zeros(len(candidates), dtype=torch.bool, device=s.device) if valid is None else ~valid  # [K]
-        never = torch.finfo(s.dtype).min
-        p = (c @ candidates.detach().T / tau).masked_fill(empty, never).softmax(2)  # [N,L,K]
-        logits = (s @ candidates.T / tau).masked_fill(empty, never)                 # [N,L,K]
-        return (logits.logsumexp(2) - (s * (p @ candidates)).sum(2) / tau).mean()
+        c, s = c.flatten(0, 1), s.flatten(0, 1)                                    # [N*L,D]
+        never = torch.zeros_like(candidates[:, 0])                                 # [K]
+        if valid is not None:
+            never = never.masked_fill(~valid, torch.finfo(s.dtype).min)
+        p = torch.addmm(never, c, candidates.detach().T, alpha=1 / tau).softmax(1)             # [N*L,K]
+        logits = torch.addmm(never, s, candidates.T, alpha=1 / tau)                # [N*L,K]
+        return (logits.logsumexp(1) - (s * (p @ candidates)).sum(1) / tau).mean()
 
 
 @torch.no_grad()
@@ -737,6 +754,7 @@ class Config:
     size: int = setting(224, "side of the views of image files in pixels", low=8)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
+    compile: str = setting("off", "torch.compile the backbone", ["off", "on"])
     amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
 
     def __post_init__(self):
@@ -851,7 +869,9 @@ class Trainer:
             torch.manual_seed(c.seed)
             net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, amp=amp)
         self.net = net.to(self.device, memory_format=torch.channels_last)
-        self.keys = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True) if c.ema else None
+        self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
+        if c.compile == "on":
+            self.net.maps = torch.compile(self.net.maps, dynamic=False)
         self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
         self.queue_y = torch.full((c.queue,), -1, device=self.device)                           # [K] -1: empty
         self.queue_at = 0                               # the slot to fill next
@@ -904,19 +924,18 @@ class Trainer:
         return sum(losses) / c.experts
 
     def contrast(self, views, maps, y):
-        """The feature branch: its losses, and what shows whether it learns."""
+        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D]."""
         N = len(y)
         z = self.net.embed([m[:N if self.keys else 2 * N] for m in maps])   # [E,2N,D], with a momentum encoder [E,N,D]
         q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
         if self.keys:
             with torch.no_grad():
-                k = self.keys.module.embed(self.keys.module.maps(views[1]))
+                k = self.keys.embed(self.keys.maps(views[1]))
         losses = [self.contrast_loss(q[i], k[i], y, e.prototypes, self.queue[i]) for i, e in enumerate(self.net.experts)]
         parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
         if self.config.pbsd:
             parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
-        self.remember(k.detach(), y)
-        return parts
+        return parts, k.detach()
 
     def remember(self, keys, y):
         """The keys [E,N,D] overwrite the oldest of the queue."""
@@ -928,7 +947,7 @@ class Trainer:
             self.queue_at = (self.queue_at + n) % K
 
     def losses(self, x, y, x_ce, y_ce):
-        """The loss of a step, and its parts. x [N,3,H,W] uint8 and y [N]: the instance-balanced
+        """The loss of a step with its parts, and the keys. x [N,3,H,W] uint8 and y [N]: the instance-balanced
         batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
         statistics are those of what the classifier meets."""
         c, N, weight = self.config, len(y), self.weight
@@ -939,13 +958,13 @@ class Trainer:
             live.append(plain(x_ce, self.rng, self.size))
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
             maps = self.net.maps(torch.cat(live))                       # [3N,width,h,w] of each expert
-        parts = self.contrast(views, maps, y) if weight else {}
+        parts, keys = self.contrast(views, maps, y) if weight else ({}, None)
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
-        return dict(loss=loss, **parts)
+        return dict(loss=loss, **parts), keys
 
     @property
     def weight(self):
@@ -969,6 +988,27 @@ class Trainer:
             plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
         return torch.cat([rows.view(steps, N) for rows in plan], 1)
 
+    def step(self, x, y, N, optimizer):
+        """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
+        for the device."""
+        parts, keys = self.losses(x[:N], y[:N], x[-N:], y[-N:])
+        optimizer.zero_grad()
+        self.scaler.scale(parts["loss"]).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if keys is not None:
+            self.remember(keys, y[:N])                  # after backward, which still reads the queue
+        if self.keys and self.weight:
+            self.follow()
+        return {name: part.detach() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def follow(self):
+        """The momentum encoder's parameters and buffers take a step towards the trained network's."""
+        pairs = zip(self.keys.state_dict().values(), self.net.state_dict().values())
+        slow, fast = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+        get_ema_multi_avg_fn(self.config.ema)(slow, fast, None)
+
     def train_epoch(self, tick=lambda step, steps: None):
         """Once over the training set. Returns the epoch's means; nothing is read from the device
         before its end. tick is called before every step."""
@@ -982,15 +1022,8 @@ class Trainer:
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            y = self.y[rows]
-            parts = self.losses(x[:N], y[:N], x[-N:], y[-N:])
-            optimizer.zero_grad()
-            self.scaler.scale(parts["loss"]).backward()
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            if self.keys and not second:
-                self.keys.update_parameters(self.net)
-            history.append(torch.stack(list(parts.values())).detach())
+            parts = self.step(x, self.y[rows], N, optimizer)
+            history.append(torch.stack(list(parts.values())))
         table = torch.stack(history).cpu()              # [steps, parts]
         broken = ~table[:, 0].isfinite()                # [steps]
         broken[-1] |= not all(t.isfinite().all() for t in self.net.state_dict().values())

@@ -1,12 +1,14 @@
-"""Tests: python -m pytest -q"""
+"""Tests: python -m pytest -q.  Benchmark: python test_ltcl.py"""
 
 import inspect
 import io
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import ltcl
 import train
@@ -69,6 +73,31 @@ def naive_pbsd(c, s, candidates, tau):
     return total / len(c)
 
 
+def textbook_sc(z, y, tau=0.1):
+    """With matrices, as it is usually written; also what the benchmark compares with."""
+    s = z @ z.T / tau
+    s = s - s.max(1, keepdim=True).values.detach()
+    others = 1 - torch.eye(len(z))
+    positive = (y[:, None] == y).float() * others
+    log_p = s - (s.exp() * others).sum(1, keepdim=True).log()
+    return -((positive * log_p).sum(1) / positive.sum(1)).mean()
+
+
+def textbook_dscl(q, k, y, queue, queue_y, alpha=0.1, tau=0.1):
+    N = len(q)
+    s = q @ torch.cat([k, q, queue]).T / tau
+    s = s - s.max(1, keepdim=True).values.detach()
+    other = torch.ones_like(s)
+    other[torch.arange(N), N + torch.arange(N)] = 0
+    augmentation = torch.zeros_like(s)
+    augmentation[torch.arange(N), torch.arange(N)] = 1
+    positive = (y[:, None] == torch.cat([y, y, queue_y])).float() * other * (1 - augmentation)
+    P = positive.sum(1, keepdim=True)
+    weight = augmentation * alpha * (P + 1) + positive * (1 - alpha) * (P + 1) / P
+    log_p = s - (s.exp() * other).sum(1, keepdim=True).log()
+    return -((weight * log_p).sum(1) / (P[:, 0] + 1)).mean()
+
+
 LABELS = [[0, 0, 1, 1, 2, 0], [0, 1, 2, 3, 4, 5], [3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 0, 1], [7, 7, 2, 2, 7, 2]]
 
 
@@ -93,6 +122,13 @@ def test_losses_against_double_loops(labels, tau):
             same_value_and_gradient(
                 lambda q, k, m: ltcl.dscl_loss(q, k, y, m, torch.tensor(queue_y).long(), alpha, tau),
                 lambda q, k, m: naive_dscl(q, k, y, m, queue_y, alpha, tau), [q, k, queue])
+
+
+def test_losses_against_the_textbook():
+    q, k, m, y = unit(40, 16), unit(40, 16, seed=1), unit(300, 16, seed=2), torch.arange(40) % 10
+    torch.testing.assert_close(ltcl.sc_loss(q, y), textbook_sc(q, y), check_dtype=False)
+    queue_y = torch.arange(300) % 13
+    torch.testing.assert_close(ltcl.dscl_loss(q, k, y, m, queue_y), textbook_dscl(q, k, y, m, queue_y), check_dtype=False)
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
@@ -307,19 +343,20 @@ def test_teacher_and_student_look_at_the_same_place():
 
 
 def test_colours():
-    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    tv, x = torchvision.transforms.functional, torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
     rng = torch.Generator().manual_seed(0)
-    assert (ltcl.random_colours(x, rng, p_grey=0) == x).all()
-    grey = ltcl.random_colours(x, rng, p_grey=1)
-    torch.testing.assert_close(grey, torchvision.transforms.functional.rgb_to_grayscale(x, 3), rtol=0, atol=1e-3)
-    for i, adjust in enumerate(("brightness", "contrast", "saturation")):   # against torchvision, its factor found by search
+    torch.testing.assert_close(ltcl.random_grayscale(x, rng, p=1), tv.rgb_to_grayscale(x, 3), rtol=0, atol=1e-3)
+    grey = (ltcl.random_grayscale(x.repeat(10, 1, 1, 1), rng) != x.repeat(10, 1, 1, 1)).flatten(1).any(1)
+    assert 90 < grey.sum() < 166
+    assert (ltcl.random_jitter(x, rng, p=0) - x).abs().max() < 1e-6
+    for i, adjust in enumerate(("brightness", "contrast", "saturation")):   # torchvision's, its factor found by search
         jitter = [0.0] * 4
         jitter[i] = 0.2
-        ours = ltcl.random_colours(x[:4], rng, jitter, p_jitter=1, p_grey=0)
+        ours = ltcl.random_jitter(x[:4], rng, jitter, p=1)
         for image, out in zip(x, ours):
-            theirs = [getattr(torchvision.transforms.functional, f"adjust_{adjust}")(image, f) for f in torch.linspace(0.8, 1.2, 401)]
+            theirs = [getattr(tv, f"adjust_{adjust}")(image, f) for f in torch.linspace(0.8, 1.2, 401)]
             assert min((t - out).abs().max() for t in theirs) < 2e-3
-    turned = ltcl.random_colours(x, rng, (0, 0, 0, 0.1), p_jitter=1, p_grey=0)
+    turned = ltcl.random_jitter(x, rng, (0, 0, 0, 0.1), p=1)
     torch.testing.assert_close(turned.mean(1), x.mean(1), rtol=0, atol=0.02)
     assert (turned - x).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.9
 
@@ -485,22 +522,39 @@ def test_the_queue_is_filled_after_the_loss(monkeypatch):
     assert seen == [0, 0, 8, 8] and (trainer.queue_y >= 0).all()
 
 
-def test_the_momentum_encoder_follows_parameters_and_buffers():
+def test_the_momentum_encoder_follows_parameters_and_buffers(monkeypatch):
     trainer = tiny_trainer(ema=0.9, queue=16)
+    follow, before = trainer.follow, {name: t.clone() for name, t in trainer.keys.state_dict().items()}
+    monkeypatch.setattr(trainer, "follow", lambda: None)
     trainer.train_epoch()
-    before = {name: t.clone() for name, t in trainer.keys.module.state_dict().items()}
-    step = trainer.keys.update_parameters
-    trainer.keys.update_parameters = lambda net: None
-    trainer.train_epoch()
-    moved = {name: t.clone() for name, t in trainer.keys.module.state_dict().items()}   # its own BatchNorm has seen the keys
-    step(trainer.net)
-    live = trainer.net.state_dict()
-    for name, t in trainer.keys.module.state_dict().items():
+    moved = {name: t.clone() for name, t in trainer.keys.state_dict().items()}  # its own BatchNorm has seen the keys
+    follow()
+    live, changed = trainer.net.state_dict(), set()
+    for name, t in trainer.keys.state_dict().items():
         if t.is_floating_point():
             torch.testing.assert_close(t, 0.9 * moved[name] + 0.1 * live[name])
-    changed = [name for name in before if not torch.equal(before[name], trainer.keys.module.state_dict()[name])]
-    assert any("running_var" in name for name in changed) and any("conv1.weight" in name for name in changed)
-    assert not any(p.grad is not None and p.grad.abs().sum() for p in trainer.keys.parameters())
+            changed |= {name} if not torch.equal(t, before[name]) else set()
+    assert "early.1.running_var" in changed and "early.0.weight" in changed
+    assert all(p.grad is None for p in trainer.keys.parameters())
+    monkeypatch.undo()
+    frozen = {name: t.clone() for name, t in trainer.keys.state_dict().items()}
+    trainer.train_epoch()
+    assert not torch.equal(frozen["early.0.weight"], trainer.keys.state_dict()["early.0.weight"])
+
+
+@pytest.mark.parametrize("settings", [dict(method="ce"), dict(method="sc"), dict(method="psc"), dict(), dict(experts=2),
+                                      dict(ema=0.9, queue=40), dict(aug="resized"), dict(curriculum="two-stage")])
+def test_a_step_never_waits_for_the_device(settings):
+    """FakeTensorMode has no values: whatever needs one on the host raises."""
+    trainer = tiny_trainer(**settings)
+    N, plan = 8, trainer.batches(8, 2)
+    trainer.net.train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        rows = mode.from_tensor(plan[0])
+        parts = trainer.step(trainer.x[rows], trainer.y[rows], N, trainer.optimizers[0])
+        assert "loss" in parts and isinstance(parts["loss"], FakeTensor)
+        with pytest.raises(DataDependentOutputException):
+            parts["loss"].item()
 
 
 def test_patches_leave_batchnorm_alone():
@@ -836,3 +890,106 @@ def test_a_torchvision_that_does_not_fit(tmp_path):
                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert "nms" in run.stderr and "pip install" in run.stderr
+
+
+# --- benchmark: python test_ltcl.py ----------------------------------------------------------
+
+def seconds(*functions, repeats=7):
+    """The median time of each, taken in turns so that all meet the same machine."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for f, taken in zip(functions, times):
+            start = time.perf_counter()
+            f()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]    # the first is for warming up
+
+
+def peak_bytes(f):
+    """The most memory that f holds beyond what was there: the allocator's own events, on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    live = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+def backward(loss, *inputs):
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    return lambda: torch.autograd.grad(loss(*inputs), inputs)
+
+
+def benchmark_losses():
+    print("\nlosses, forward and backward, float32, 128 dimensions   time   textbook's   ratio   memory   textbook's   ratio")
+
+    def compare(name, ours, theirs):
+        a, b = seconds(ours, theirs)
+        m, n = peak_bytes(ours), peak_bytes(theirs)
+        print(f"  {name:48} {1e3 * a:8.1f} ms {1e3 * b:8.1f} ms {b / a:7.2f} {m / 2**20:5.0f} MiB {n / 2**20:8.0f} MiB {n / m:7.2f}",
+              flush=True)
+        return a, m
+
+    for n in (1024, 4096):
+        z, y = unit(n, 128, dtype=torch.float32), torch.arange(n) % 100
+        compare(f"sc, {n} rows", backward(lambda z, y=y: ltcl.sc_loss(z, y), z), backward(lambda z, y=y: textbook_sc(z, y), z))
+    y = torch.arange(256) % 100
+    q, k = unit(256, 128, dtype=torch.float32), unit(256, 128, seed=1, dtype=torch.float32)
+    for K in (4096, 65536):
+        m, my = unit(K, 128, seed=2, dtype=torch.float32), torch.arange(K) % 100
+        compare(f"dscl, 256 anchors, queue of {K}", backward(lambda q, k, m=m, my=my: ltcl.dscl_loss(q, k, y, m, my), q, k),
+                backward(lambda q, k, m=m, my=my: textbook_dscl(q, k, y, m, my), q, k))
+    print("\ngrowth from 1024 to 4096 rows, as an exponent       time   memory")
+    p = unit(100, 128, seed=3, dtype=torch.float32)
+    for name, loss in (("sc", lambda z, y: ltcl.sc_loss(z, y)), ("psc, 100 classes", lambda z, y: ltcl.psc_loss(z, y, p))):
+        runs = [backward(lambda z, n=n: loss(z, torch.arange(n) % 100), unit(n, 128, dtype=torch.float32)) for n in (1024, 4096)]
+        (a, b), (m, n) = seconds(*runs), map(peak_bytes, runs)
+        print(f"  {name:48} {math.log(b / a, 4):5.2f} {math.log(n / m, 4):8.2f}", flush=True)
+
+
+def benchmark_views():
+    from torchvision.transforms import v2
+    x = torch.randint(256, (512, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures = [v2.functional.to_pil_image(image) for image in x]
+    rng = torch.Generator().manual_seed(0)
+
+    def resized(x):
+        return ltcl.random_grayscale(ltcl.random_jitter(ltcl.resized_view(x, rng, 32), rng), rng)
+
+    recipes = {"crop, flip, grayscale [H]": (lambda x: ltcl.crop_view(x, rng), [v2.RandomCrop(32, padding=4)], []),
+               "resized crop, flip, jitter, grayscale": (resized, [v2.RandomResizedCrop(32)], [
+                   v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)])}
+    print("\nviews of 512 images of 32 x 32, images/s     ours   torchvision v2 one by one   ratio   from PIL   ratio")
+    for name, (ours, crop, jitter) in recipes.items():
+        v = v2.Compose([*crop, v2.RandomHorizontalFlip(), *jitter, v2.RandomGrayscale(0.2), v2.ToImage(),
+                        v2.ToDtype(torch.float32, scale=True)])
+        a, b, c = seconds(lambda: ours(x), lambda: torch.stack([v(i) for i in x]), lambda: torch.stack([v(i) for i in pictures]))
+        print(f"  {name:40} {512 / a:9,.0f} {512 / b:20,.0f} {b / a:13.1f} {512 / c:10,.0f} {c / a:7.1f}", flush=True)
+
+
+def benchmark_step(device):
+    print("\na training step: images/s counts a batch's images once, whatever is made of them")
+    for net, size in (("resnet8", 512), ("resnet32", 512)) if device == "cuda" else (("resnet8", 128), ("resnet32", 64)):
+        x = torch.randint(256, (2 * size, 3, 32, 32), dtype=torch.uint8)
+        data = ltcl.Dataset(x, torch.arange(2 * size) % 2, x[:2], torch.arange(2), ["a", "b"])
+        for name, settings in (("ce", dict(method="ce")), ("dscl, pbsd 0", dict(pbsd=0.0)), ("dscl", {})):
+            for compiled in ("off", "on"):
+                trainer = ltcl.Trainer(ltcl.Config.of(dataset="cifar100", imb=1, net=net, batch_size=size, device=device,
+                                                      compile=compiled, **settings), data)
+                rows = trainer.batches(size, 1)[0]
+                trainer.net.train()
+                taken, = seconds(lambda t=trainer, r=rows: t.step(t.x[r], t.y[r], size, t.optimizers[0]), repeats=5)
+                print(f"  {net:9} batch {size:4} {name:13} compile {compiled:4} {1e3 * taken:8.1f} ms {size / taken:9,.0f} images/s",
+                      flush=True)
+
+
+if __name__ == "__main__":
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}")
+    benchmark_views()
+    benchmark_losses()
+    benchmark_step(where)
