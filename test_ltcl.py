@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses import fake_tensor
 
 import ltcl
 import train
@@ -393,7 +393,7 @@ def test_curricula_and_learning_rate():
     assert [ltcl.contrast_weight(t, 10) for t in (0, 5)] == [1, 0.75]
     assert ltcl.contrast_weight(5, 10, "linear") == 0.5 and ltcl.contrast_weight(9, 10, "constant") == 0.5
     assert ltcl.contrast_weight(5, 10, "cosine") == pytest.approx(math.sqrt(0.5))
-    c = ltcl.Config.of(dataset="cifar100")
+    c = train.Config.of(dataset="cifar100")
     assert [ltcl.learning_rate(t, c) for t in (1, 5, 120, 120.1, 160, 160.1, 200)] == pytest.approx(
         [0.1, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
     c.schedule = "cosine"
@@ -478,7 +478,7 @@ def test_it_learns():
     train_rows, test_rows = whole.y_train < 2, whole.y_test < 2     # plain discs and striped squares
     data = ltcl.Dataset(whole.x_train[train_rows], whole.y_train[train_rows], whole.x_test[test_rows],
                         whole.y_test[test_rows], ["disc", "square"])
-    trainer = ltcl.Trainer(ltcl.Config.of(imb=2, epochs=20, batch_size=16, lr=0.05, device="cpu"), data)
+    trainer = ltcl.Trainer(train.Config.of(imb=2, epochs=20, batch_size=16, lr=0.05, device="cpu"), data)
     first, *_, last = [trainer.train_epoch() for _ in range(20)]
     assert trainer.evaluate()["top1"] >= 90
     gaps = [epoch["cos_positive"] - epoch["cos_negative"] for epoch in (first, last)]
@@ -492,8 +492,8 @@ def tiny_data(n=(12, 6, 3), seed=0):
 
 
 def tiny_trainer(**settings):
-    return ltcl.Trainer(ltcl.Config.of(dataset="tiny.npz", net="resnet8", batch_size=8, lr=0.05, device="cpu",
-                                       **{"epochs": 2, "patches": 2} | settings), tiny_data())
+    settings = dict(dataset="tiny.npz", net="resnet8", batch_size=8, lr=0.05, device="cpu", epochs=2, patches=2) | settings
+    return ltcl.Trainer(train.Config.of(**settings), tiny_data())
 
 
 @pytest.mark.parametrize("K", [1, 5, 8, 13, 40])
@@ -549,12 +549,26 @@ def test_a_step_never_waits_for_the_device(settings):
     trainer = tiny_trainer(**settings)
     N, plan = 8, trainer.batches(8, 2)
     trainer.net.train()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         rows = mode.from_tensor(plan[0])
         parts = trainer.step(trainer.x[rows], trainer.y[rows], N, trainer.optimizers[0])
-        assert "loss" in parts and isinstance(parts["loss"], FakeTensor)
-        with pytest.raises(DataDependentOutputException):
+        assert "loss" in parts and isinstance(parts["loss"], fake_tensor.FakeTensor)
+        with pytest.raises(fake_tensor.DataDependentOutputException):
             parts["loss"].item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("settings", [dict(method="ce"), dict(), dict(ema=0.9, queue=40)])
+def test_a_step_never_waits_for_cuda(settings):
+    trainer = tiny_trainer(**settings | {"device": "cuda"})
+    rows = trainer.batches(8, 2)
+    trainer.net.train()
+    for sync in ("default", "error"):                   # the first step warms up
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            trainer.step(trainer.x[rows[0]], trainer.y[rows[0]], 8, trainer.optimizers[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_patches_leave_batchnorm_alone():
@@ -679,7 +693,7 @@ def test_small_images_of_one_size_go_into_memory(tmp_path):
 
 def test_thinned_folder(tmp_path):
     write_tree(tmp_path, n=(8, 8, 8, 8), size=(32, 32))
-    trainer = ltcl.Trainer(ltcl.Config.of(dataset="folder", imb=4, batch_size=4, net="resnet8", device="cpu"),
+    trainer = ltcl.Trainer(train.Config.of(dataset="folder", imb=4, batch_size=4, net="resnet8", device="cpu"),
                            ltcl.load_dataset("folder", tmp_path))
     assert trainer.counts.tolist() == [8, 5, 3, 2]
 
@@ -739,12 +753,12 @@ def test_bad_folders(tmp_path, capsys):
 
 
 def test_presets_are_the_papers_settings():
-    c = ltcl.Config.of(dataset="imagenet_lt")
+    c = train.Config.of(dataset="imagenet_lt")
     assert (c.net, c.epochs, c.batch_size, c.lr, c.weight_decay, c.warmup, c.schedule) == ("resnet50", 200, 256, 0.1, 5e-4, 10, "cosine")
     assert (c.ema, c.queue, c.tau, c.alpha, c.patches, c.pbsd, c.curriculum) == (0.999, 65536, 0.07, 0.1, 5, 1.5, "two-stage")
     assert (c.stage2_epochs, c.stage2_batch, c.stage2_lr, c.imb) == (40, 2048, 10, 1)
-    assert ltcl.Config.of(dataset="inat18", method="sc").queue == 0
-    assert ltcl.Config.of(dataset="cifar10", method="psc").tau == 1 and ltcl.Config.of(dataset="cifar100", method="psc").tau == 0.1
+    assert train.Config.of(dataset="inat18", method="sc").queue == 0
+    assert train.Config.of(dataset="cifar10", method="psc").tau == 1 and train.Config.of(dataset="cifar100", method="psc").tau == 0.1
 
 
 # --- downloads, with torchvision's class stood in for ----------------------------------------
@@ -978,7 +992,7 @@ def benchmark_step(device):
         data = ltcl.Dataset(x, torch.arange(2 * size) % 2, x[:2], torch.arange(2), ["a", "b"])
         for name, settings in (("ce", dict(method="ce")), ("dscl, pbsd 0", dict(pbsd=0.0)), ("dscl", {})):
             for compiled in ("off", "on"):
-                trainer = ltcl.Trainer(ltcl.Config.of(dataset="cifar100", imb=1, net=net, batch_size=size, device=device,
+                trainer = ltcl.Trainer(train.Config.of(dataset="cifar100", imb=1, net=net, batch_size=size, device=device,
                                                       compile=compiled, **settings), data)
                 rows = trainer.batches(size, 1)[0]
                 trainer.net.train()

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 try:
@@ -20,6 +20,101 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
     sys.exit(2)
 
 
+# --- settings: a field is a flag ---------------------------------------------------------------
+
+def setting(default, help, choices=None, low=None, high=None):
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+TINY = 1e-9  # "above zero", as a bound
+
+
+@dataclass
+class Config:
+    """[H]'s CIFAR settings are the defaults; PRESETS holds what other data sets change."""
+    dataset: str = setting("shapes", "shapes, cifar10, cifar100, folder, imagenet_lt, inat18 or the path of an .npz file")
+    imb: float = setting(100.0, "images of the largest class over those of the smallest; 1: all, as it is", low=1)
+    method: str = setting("dscl", "contrastive loss; ce: cross-entropy alone", ["ce", "sc", "psc", "dscl"])
+    data: str = setting("data", "folder of the downloaded data sets, or of the image files")
+    train_list: str = setting("", "folder: a file with lines 'path label', the paths below --data; empty: class folders")
+    test_list: str = setting("", "folder: the same of the test images")
+    workers: int = setting(4, "processes that read image files", low=0)
+    out: str = setting("", "folder of the run; empty: a new one under runs/")
+    net: str = setting("resnet32", "backbone", ltcl.NETS)
+    epochs: int = setting(200, "passes over the training set", low=1)
+    batch_size: int = setting(512, "images a step, in each branch", low=1)
+    lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
+    momentum: float = setting(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = setting(1e-4, "L2 penalty", low=0)
+    warmup: float = setting(5.0, "epochs of linear warm-up", low=0)
+    schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
+    tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
+    alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
+    pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
+    patches: int = setting(5, "patches an image", low=1)
+    patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0)
+    box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
+                             ["area", "side"])
+    ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
+    queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
+    experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1)
+    curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
+    stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
+    stage2_batch: int = setting(2048, "two-stage: its batch", low=1)
+    stage2_lr: float = setting(10.0, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
+    aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
+                       "auto: resized for image files", ["auto", "crop", "resized"])
+    size: int = setting(224, "side of the views of image files in pixels", low=8)
+    seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
+    device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
+    compile: str = setting("off", "torch.compile the backbone", ["off", "on"])
+    amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, m = getattr(self, f.name), f.metadata
+            name = "--" + f.name.replace("_", "-")
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, value := float(value))
+            ltcl.require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
+            ltcl.require(m["choices"] is None or value in m["choices"],
+                         f"{name} {value!r} is unknown: choose {', '.join(m['choices'] or [])}")
+            ltcl.require(f.type is not float or math.isfinite(value), f"{name} is {value}: give a finite number")
+            ltcl.require(m["low"] is None or value >= m["low"], f"{name} is {value}: it must be "
+                         + ("above 0" if m["low"] == TINY else f"{m['low']} or more"))
+            ltcl.require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be {m['high']} or less")
+        ltcl.require(self.method == "dscl" or not (self.ema or self.queue), f"--ema and --queue are DSCL's: "
+                     f"leave them out for --method {self.method}")
+
+    @classmethod
+    def of(cls, **given):
+        """The presets of data set and method, overridden by what is given."""
+        dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
+        presets = PRESETS.get(method, {}), PRESETS.get(dataset, PRESETS[".npz"]), PRESETS.get((dataset, method), {})
+        return cls(**presets[0] | presets[1] | presets[2] | given)
+
+
+IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
+                tau=0.07, curriculum="two-stage")       # [D, settings]
+MEMORY = dict(ema=0.999, queue=65536)
+
+PRESETS = {
+    "shapes": dict(net="resnet8", epochs=20, batch_size=32, lr=0.2, warmup=2.0, patches=2),
+    "cifar10": {},
+    "cifar100": {},
+    ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
+    ".npz": dict(imb=1.0),              # your own images are taken as they are
+    "folder": dict(imb=1.0, net="resnet18", batch_size=256, lr=0.1, weight_decay=5e-4, schedule="cosine"),
+    "imagenet_lt": IMAGENET | dict(train_list="ImageNet_LT_train.txt", test_list="ImageNet_LT_test.txt"),
+    ("imagenet_lt", "dscl"): MEMORY,
+    "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
+    ("inat18", "dscl"): MEMORY,
+    "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
+}
+
+
+# --- the command line --------------------------------------------------------------------------
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse prints the whole usage as well
         raise ltcl.InputError(f"{message}; python train.py --help lists the flags")
@@ -28,15 +123,17 @@ class Parser(argparse.ArgumentParser):
 def read_config(argv):
     """The command line as a Config: a field is a flag; what isn't given is the data set's preset."""
     parser = Parser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(ltcl.Config):
-        presets = [f"{name}: {preset[f.name]}" for name, preset in ltcl.PRESETS.items()
+    for f in fields(Config):
+        presets = [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items()
                    if f.name in preset and isinstance(name, str)]
         choices = ", ".join(f.metadata["choices"] or [])
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
-    return ltcl.Config.of(**vars(parser.parse_args(argv)))
+    return Config.of(**vars(parser.parse_args(argv)))
 
+
+# --- a run and its files -----------------------------------------------------------------------
 
 def run_folder(config):
     """The folder for a new run. Raises InputError where it holds one already."""
