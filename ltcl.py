@@ -557,7 +557,9 @@ def running_statistics_at_rest(net):
 #
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
 # compute in float32 also inside autocast: at tau 0.07 a bfloat16 similarity is 4 % off in the
-# gradient. "Never" is the smallest finite number: -inf would turn a row without candidates NaN.
+# gradient. What is no candidate gets the smallest finite similarity: -inf would turn a row
+# without candidates NaN. Means over positives come from the sums of whole classes, and the
+# logsumexp of many rows goes in blocks: both save memory and time, and neither changes the value.
 # ---------------------------------------------------------------------------------------
 
 def sc_loss(z, y, tau=0.1):
