@@ -967,6 +967,8 @@ def benchmark_losses():
 
 def benchmark_views():
     from torchvision.transforms import v2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                            # as in a worker
     x = torch.randint(256, (512, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     pictures = [v2.functional.to_pil_image(image) for image in x]
     rng = torch.Generator().manual_seed(0)
@@ -977,12 +979,13 @@ def benchmark_views():
     recipes = {"crop, flip, grayscale [H]": (lambda x: ltcl.crop_view(x, rng), [v2.RandomCrop(32, padding=4)], []),
                "resized crop, flip, jitter, grayscale": (resized, [v2.RandomResizedCrop(32)], [
                    v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)])}
-    print("\nviews of 512 images of 32 x 32, images/s     ours   torchvision v2 one by one   ratio   from PIL   ratio")
+    print("\nviews, 512 images of 32 x 32, one thread, 1/s  ours   torchvision v2 one by one   ratio   from PIL   ratio")
     for name, (ours, crop, jitter) in recipes.items():
         v = v2.Compose([*crop, v2.RandomHorizontalFlip(), *jitter, v2.RandomGrayscale(0.2), v2.ToImage(),
                         v2.ToDtype(torch.float32, scale=True)])
         a, b, c = seconds(lambda: ours(x), lambda: torch.stack([v(i) for i in x]), lambda: torch.stack([v(i) for i in pictures]))
         print(f"  {name:40} {512 / a:9,.0f} {512 / b:20,.0f} {b / a:13.1f} {512 / c:10,.0f} {c / a:7.1f}", flush=True)
+    torch.set_num_threads(threads)
 
 
 def benchmark_step(device):

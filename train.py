@@ -99,7 +99,7 @@ IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e
 MEMORY = dict(ema=0.999, queue=65536)
 
 PRESETS = {
-    "shapes": dict(net="resnet8", epochs=20, batch_size=32, lr=0.2, warmup=2.0, patches=2),
+    "shapes": dict(net="resnet8", epochs=16, batch_size=32, lr=0.3, warmup=2.0, patches=2),
     "cifar10": {},
     "cifar100": {},
     ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
@@ -202,17 +202,23 @@ def train(config):
     print(f"{len(trainer.y)} training images in {len(trainer.counts)} classes of {trainer.counts.max()} to "
           f"{trainer.counts.min()}, {len(trainer.y_test)} test images; on {trainer.device}; into {out}", flush=True)
     start = time.time()
+
+    def left(done):                                     # epochs done, fractions counted
+        return f"{(time.time() - start) / max(done, 1e-3) * (trainer.epochs - done) / 60:.1f} min left"
+
     while trainer.epoch < trainer.epochs:
-        began, head = time.time(), f"epoch {trainer.epoch + 1:3}/{trainer.epochs}"
-        record = EPOCH | trainer.train_epoch(lambda i, steps: live(f"{head}  step {i + 1}/{steps}"))
-        record |= (trainer.evaluate() if record["loss_ce"] is not None else {}) | dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
+        began, epoch = time.time(), trainer.epoch
+        head = f"epoch {epoch + 1:3}/{trainer.epochs}"
+        record = EPOCH | trainer.train_epoch(lambda i, n: live(f"{head}  step {i + 1}/{n}  {left(epoch + i / n)}"))
+        record |= trainer.evaluate() if record["loss_ce"] is not None else {}
+        record |= dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
         write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
-        left = (time.time() - start) / trainer.epoch * (trainer.epochs - trainer.epoch)
+        top1 = "no classifier yet" if record["top1"] is None else f"top-1 {record['top1']:5.2f} %"
         live("")
-        print(f"{head}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  lr {record['lr']:.4f}"
-              f"  {'no classifier yet' if record['top1'] is None else 'top-1 {:5.2f} %'.format(record['top1'])}  {record['seconds']:5.1f} s  {left / 60:5.1f} min left", flush=True)
+        print(f"{head}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
+              f"lr {record['lr']:.4f}  {top1}  {record['seconds']:5.1f} s  {left(trainer.epoch)}", flush=True)
     print_result(config, record, trainer, out, time.time() - start)
     return record, trainer
 
@@ -226,10 +232,12 @@ def print_result(config, record, trainer, out, seconds):
                          ("accuracy %", [f"{record[name]:.2f}" if n else "n/a" for name, n in classes.items()]),
                          ("chance %", [f"{100 / C:.2f}" if n else "n/a" for n in classes.values()])):
         print(f"  {title:12}" + "".join(f"{cell:>9}" for cell in cells))
-    next_try = "--method ce" if config.method != "ce" else "--dataset cifar100 --imb 100 --method dscl"
-    if config.dataset != "shapes" and config.method != "ce":
-        next_try = f"--dataset {config.dataset} --imb {config.imb:g} --method ce"
-    print(f"\nSaved in {out}. To try next: python train.py {next_try}")
+    if config.dataset == "shapes":
+        again = "--method ce" if config.method != "ce" else "--dataset cifar100 --imb 100 --method dscl"
+    else:
+        again = f"--dataset {config.dataset} --data {config.data} --imb {config.imb:g} --net {config.net} --method "
+        again += "ce" if config.method != "ce" else "dscl"
+    print(f"\nSaved in {out}. To try next: python train.py {again}")
 
 
 def main(argv=None):
@@ -241,6 +249,14 @@ def main(argv=None):
         live("")
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        live("")
+        print(f"error: {config.device} has too little memory: take a smaller --batch-size", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        live("")
+        print("stopped: last.pt keeps the last whole epoch", file=sys.stderr)
+        return 130
     return 0
 
 
