@@ -389,7 +389,7 @@ def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8):
     hue = angle.cos() * eye + angle.sin() * turn + (1 - angle.cos()) / 3                # [B,3,3]
     colour = (1 + b) * (1 + c) * hue @ ((1 + s) * eye - s * luma)                       # [B,3,3]
     shift = -c * (1 + b) * (luma[:1] @ x.mean((2, 3))[:, :, None])                      # [B,1,1] of contrast
-    return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp(0, 1)
+    return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp_(0, 1)
 
 
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
@@ -416,7 +416,7 @@ def crop_patch_view(x, rng):                            # to patches what [H]'s 
 def resized_view(x, rng, size):
     """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
-    return cut(random_flip(x, rng), boxes, size) / 255
+    return cut(random_flip(x, rng), boxes, size).div_(255)
 
 
 def query_view(x, rng, size):                           # [D, settings], as are the next two

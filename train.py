@@ -99,7 +99,7 @@ IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e
 MEMORY = dict(ema=0.999, queue=65536)
 
 PRESETS = {
-    "shapes": dict(net="resnet8", epochs=16, batch_size=32, lr=0.3, warmup=2.0, patches=2),
+    "shapes": dict(net="resnet8", epochs=18, batch_size=32, lr=0.2, warmup=2.0, patches=2),
     "cifar10": {},
     "cifar100": {},
     ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
