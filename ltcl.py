@@ -1,7 +1,8 @@
 """ltcl: long-tailed contrastive learning in one file.
 
 Real data has a long tail: a few classes with many images, most with a handful.
-Two papers learn better features for it by contrast, and this file is both:
+Two papers learn better features for it by contrast, and this file is both, from pixels to a
+table of accuracy by class size, on a CPU or a GPU (what was measured: README):
 
 [H] Wang, Han, Wei, Zhang, Wang. Contrastive Learning based Hybrid Networks for
     Long-Tailed Image Classification. CVPR 2021, arXiv 2103.14267.
@@ -748,8 +749,8 @@ def accuracy(predicted, y, counts):
 class Trainer:
     """One training run: all that changes while it trains is in here.
 
-    config: the settings, train.Config.  data: Dataset, thinned here to --imb. Raises InputError where they do not
-    fit together, and during training when the loss stops being a number.
+    config: the settings, train.Config.  data: Dataset, thinned here to --imb. Raises InputError where
+    they do not fit together, and during training when the loss stops being a number.
     """
 
     def __init__(self, config, data):
@@ -761,7 +762,8 @@ class Trainer:
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         if c.queue > len(kept):
-            print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice", file=sys.stderr)
+            print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice",
+                  file=sys.stderr)
         in_memory, self.unreadable = isinstance(data.x_train, torch.Tensor), {}    # files to paths met
         self.x = data.x_train[kept].to(self.device) if in_memory else data.x_train.subset(kept)
         self.x_test = data.x_test.to(self.device) if in_memory else data.x_test
