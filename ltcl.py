@@ -247,17 +247,17 @@ def load_files(root, train_list, test_list, size):
 def download_cifar(name, path):
     """Download CIFAR-10 or -100 through torchvision and keep it as one .npz file."""
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a broken download leaves nothing behind
+    with tempfile.TemporaryDirectory() as folder:       # a broken download leaves nothing behind
         try:
             train, test = (kind(folder, train=flag, download=True) for flag in (True, False))
         except Exception as error:  # offline, a server's refusal, a checksum: torchvision raises all kinds
             raise InputError(f"{name} could not be downloaded ({error}): get online, or put {name}.npz "
                              f"(x_train, y_train, x_test, y_test) at {path}") from None
-        whole = Path(folder) / "whole.npz"
-        np.savez(whole, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part.npz")
+        np.savez(part, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
                  class_names=train.classes)
-        os.replace(whole, path)
+        os.replace(part, path)
 
 
 # The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
@@ -394,7 +394,8 @@ def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8):
 
 
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
-    """Gaussian blur with probability p, sigma in pixels: float [B,3,H,W] -> same."""
+    """Gaussian blur with probability p, sigma in pixels: float [B,3,H,W] -> same. The kernel spans a
+    tenth of the image (23 pixels of 224), so that images below 20 pixels stay as they are."""
     (B, _, H, W), radius = x.shape, x.shape[2] // 20
     u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
@@ -542,9 +543,11 @@ def running_statistics_at_rest(net):
     layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in layers:
         m.track_running_stats = False
-    yield
-    for m in layers:
-        m.track_running_stats = True
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.track_running_stats = True
 
 
 # ---------------------------------------------------------------------------------------
@@ -609,7 +612,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     """Decoupled supervised contrastive loss [D, L_dscl]. A scalar, float32 (float64 stays).
 
     q: [N,D] the anchors.  k: [N,D] their augmentations, all of length 1.  y: [N] labels >= 0.
-    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot.
+    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot; both or none (ValueError).
     M_i: the other rows of q and k, and the queue.  P_i: the rows of M_i with anchor i's label.
 
         L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
@@ -619,6 +622,8 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     1 : |P_i|, less and less as the class grows; here it is alpha : 1-alpha for head and tail.
     An anchor alone in its class gives all the weight to its augmentation.
     """
+    if (queue is None) != (queue_y is None):
+        raise ValueError("dscl_loss takes queue and queue_y together")
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         k, one, lowest = k.to(q.dtype), torch.ones_like(q[:, 0]), torch.finfo(q.dtype).min
@@ -668,8 +673,9 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
 
 @torch.no_grad()
 def embedding_statistics(q, k, y):
-    """Does contrast learn? Mean cosine of same-class and of other pairs, q against k [N,D],
-    and the embeddings' spread: 0 all in one point, 1 even over the sphere. Scalar tensors."""
+    """Does contrast learn? Mean cosine of same-class pairs (an image's two views among them) and of
+    other pairs, q against k [N,D], and the embeddings' spread sqrt(1 - |mean|^2): 0 when all are one
+    point, 1 when they balance about the centre. Scalar tensors."""
     cosine, same = q @ k.T, y[:, None] == y             # [N,N], [N,N]
     positive = (cosine * same).sum() / same.sum()
     negative = (cosine * ~same).sum() / (~same).sum().clamp(min=1)
@@ -703,11 +709,12 @@ def learning_rate(t, c):
     if t > c.epochs:
         t = (t - c.epochs) / c.stage2_epochs
         return c.stage2_lr * 0.1 ** ((t > 0.5) + (t > 0.75))
-    if 0 < t <= c.warmup:
-        return c.lr * t / c.warmup
+    warmup = min(c.warmup, 0.2 * c.epochs)              # a short run shall reach its learning rate too
+    if 0 < t <= warmup:
+        return c.lr * t / warmup
     if c.schedule == "step":
         return c.lr * 0.1 ** ((t > 0.6 * c.epochs) + (t > 0.8 * c.epochs))
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (t - c.warmup) / (c.epochs - c.warmup)))
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (c.epochs - warmup)))
 
 
 # ---------------------------------------------------------------------------------------
@@ -773,7 +780,7 @@ class Trainer:
         self.class_size = self.counts.float().to(self.device)                                   # [C]
         sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
-        self.size = pixels.shape[2] if in_memory else c.size            # of a view's side
+        self.size = min(pixels.shape[2:]) if in_memory else c.size            # of a view's side
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         amp = pick_amp(c.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
@@ -822,6 +829,7 @@ class Trainer:
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
         c, (N, _, H, W) = self.config, view.shape
+        # 64 of 224 pixels [D, settings]; small images need more to show anything
         side = c.patch_size or (H // 2 if self.augmentation[0] is crop_view else H * 2 // 7)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]

@@ -214,6 +214,11 @@ def test_psc_of_one_prototype_is_refused():
         ltcl.psc_loss(unit(2, 4), torch.zeros(2).long(), unit(1, 4))
 
 
+def test_dscl_takes_queue_and_labels_together():
+    with pytest.raises(ValueError, match="together"):
+        ltcl.dscl_loss(unit(2, 4), unit(2, 4), torch.arange(2), unit(3, 4))
+
+
 def test_permuting_the_batch_changes_nothing():
     y, order = torch.tensor([0, 0, 1, 2, 1, 0, 3, 4]), torch.randperm(8, generator=torch.Generator().manual_seed(0))
     z, k = unit(8, 8), unit(8, 8, seed=1)
@@ -397,8 +402,8 @@ def test_curricula_and_learning_rate():
         [0.1, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
     c.schedule = "cosine"
     assert ltcl.learning_rate(102.5, c) == pytest.approx(0.25) and ltcl.learning_rate(200, c) == pytest.approx(0)
-    c.epochs = 5                                        # warm-up to the end
-    assert ltcl.learning_rate(5, c) == 0.5
+    c.epochs = 5                                        # a short run warms up for a fifth of it
+    assert ltcl.learning_rate(0.5, c) == pytest.approx(0.25) and ltcl.learning_rate(1, c) == 0.5
 
 
 def test_accuracy_of_groups():
@@ -787,7 +792,8 @@ def test_no_network(tmp_path, monkeypatch, capsys):
             raise OSError("Name or service not known")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Offline)
-    refused(capsys, tmp_path, ["--dataset", "cifar10", "--data", str(tmp_path)], "cifar10", str(tmp_path / "cifar10.npz"))
+    for folder in (tmp_path, tmp_path / "new"):
+        refused(capsys, tmp_path, ["--dataset", "cifar10", "--data", folder], "cifar10", str(folder / "cifar10.npz"))
 
 
 # --- bad input: one line, status 2, nothing written ------------------------------------------
@@ -830,12 +836,20 @@ def refused(capsys, folder, argv, *words):
     (["--ema", "1.1"], ["--ema"]),
     (["--pbsd", "-1"], ["--pbsd"]),
     (["--experts", "0"], ["--experts"]),
+    (["--experts", "100000"], ["--experts", "100 or less"]),
+    (["--seed", "99999999999999999999999"], ["--seed"]),
     (["--learning-rate", "1"], ["--learning-rate", "--help"]),
     (["--ep", "1"], ["--ep"]),
     (["stray"], ["stray"]),
 ])
 def test_bad_flags(flags, words, tmp_path, capsys):
     refused(capsys, tmp_path, ["--out", tmp_path / "run", *flags], *words)
+
+
+def test_too_little_memory(tiny, tmp_path, capsys):
+    assert train.main([*tiny, "--queue", "100000000000000", "--out", str(tmp_path / "run")]) == 2
+    *_, last = capsys.readouterr().err.splitlines()     # after the warning that so many keys are too many
+    assert "too little memory" in last and "--queue" in last and not (tmp_path / "run").exists()
 
 
 def test_an_unusable_device(tmp_path, capsys):
@@ -885,6 +899,7 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
     refused(capsys, tmp_path, [*tiny, "--out", out], str(out), "already holds a run")
     assert (out / "log.jsonl").read_bytes() == kept
     refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz"], "is a file")
+    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz" / "run"], "--out", "cannot be made")
 
 
 def test_a_loss_that_turns_nan(tiny, tmp_path, capsys, monkeypatch):

@@ -38,7 +38,7 @@ class Config:
     data: str = setting("data", "folder of the downloaded data sets, or of the image files")
     train_list: str = setting("", "folder: a file with lines 'path label', the paths below --data; empty: class folders")
     test_list: str = setting("", "folder: the same of the test images")
-    workers: int = setting(4, "processes that read image files", low=0)
+    workers: int = setting(min(4, os.cpu_count() or 1), "processes that read image files", low=0)
     out: str = setting("", "folder of the run; empty: a new one under runs/")
     net: str = setting("resnet32", "backbone", ltcl.NETS)
     epochs: int = setting(200, "passes over the training set", low=1)
@@ -46,7 +46,7 @@ class Config:
     lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = setting(1e-4, "L2 penalty", low=0)
-    warmup: float = setting(5.0, "epochs of linear warm-up", low=0)
+    warmup: float = setting(5.0, "epochs of linear warm-up, at most a fifth of all", low=0)
     schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
     tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
@@ -57,15 +57,15 @@ class Config:
                              ["area", "side"])
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
-    experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1)
+    experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
-    stage2_batch: int = setting(2048, "two-stage: its batch", low=1)
-    stage2_lr: float = setting(10.0, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
+    stage2_batch: int = setting(128, "two-stage: its batch", low=1)
+    stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
                        "auto: resized for image files", ["auto", "crop", "resized"])
     size: int = setting(224, "side of the views of image files in pixels", low=8)
-    seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0)
+    seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
     compile: str = setting("off", "torch.compile the backbone", ["off", "on"])
     amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
@@ -95,7 +95,7 @@ class Config:
 
 
 IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
-                tau=0.07, curriculum="two-stage")       # [D, settings]
+                tau=0.07, curriculum="two-stage", stage2_batch=2048, stage2_lr=10.0)    # [D, settings]
 MEMORY = dict(ema=0.999, queue=65536)
 
 PRESETS = {
@@ -196,7 +196,10 @@ def train(config):
     out = run_folder(config)
     trainer = ltcl.Trainer(config, ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list,
                                                       config.size))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
     write_whole(out / "config.json", lambda p: p.write_text(json.dumps(asdict(config) | dict(out=str(out)), indent=1)))
     write_whole(out / "views.png", lambda p: save_views(trainer, p))
     print(f"{len(trainer.y)} training images in {len(trainer.counts)} classes of {trainer.counts.max()} to "
@@ -249,9 +252,11 @@ def main(argv=None):
         live("")
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if "allocate" not in str(error):                # torch's words for too little memory, on every device
+            raise
         live("")
-        print(f"error: {config.device} has too little memory: take a smaller --batch-size", file=sys.stderr)
+        print(f"error: too little memory (--device {config.device}): take a smaller --batch-size or --queue", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         live("")
