@@ -673,7 +673,7 @@ FOLDER = ["--dataset", "folder", "--net", "resnet18", "--method", "dscl", "--siz
 
 
 def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
-    write_tree(tmp_path / "data", size=(120, 90), held_out="test")
+    write_tree(tmp_path / "data", size=(260, 224), held_out="test")
     assert train.main([*FOLDER, "--data", str(tmp_path / "data"), "--queue", "64", "--ema", "0.9", "--curriculum", "two-stage",
                        "--stage2-epochs", "1", "--stage2-lr", "0.1", "--out", str(tmp_path / "run")]) == 0
     shown = capfd.readouterr()
