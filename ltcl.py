@@ -244,6 +244,16 @@ def load_files(root, train_list, test_list, size):
     return Dataset(ImageFiles(files[0].paths, side), labels[0], ImageFiles(files[1].paths, side), labels[1], names)
 
 
+def write_whole(path, write):
+    """Let write(temporary path) make the file, then rename it: never half a file at path."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def download_cifar(name, path):
     """Download CIFAR-10 or -100 through torchvision and keep it as one .npz file."""
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
@@ -253,11 +263,14 @@ def download_cifar(name, path):
         except Exception as error:  # offline, a server's refusal, a checksum: torchvision raises all kinds
             raise InputError(f"{name} could not be downloaded ({error}): get online, or put {name}.npz "
                              f"(x_train, y_train, x_test, y_test) at {path}") from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npz")
-        np.savez(part, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
-                 class_names=train.classes)
-        os.replace(part, path)
+
+    def write(part):
+        with part.open("wb") as file:
+            np.savez(file, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
+                     class_names=train.classes)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write)
 
 
 # The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
@@ -370,9 +383,12 @@ def random_flip(x, rng, p=0.5):
     return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes three times as fast as torch.where
 
 
+LUMA = [[0.299, 0.587, 0.114]]  # how bright red, green and blue look
+
+
 def random_grayscale(x, rng, p=0.2):
     """Take the colour away with probability p: float [B,3,H,W] -> same."""
-    luma = (x.new_tensor([[0.299, 0.587, 0.114]]) @ x.flatten(2)).unflatten(2, x.shape[2:])  # [B,1,H,W]
+    luma = (x.new_tensor(LUMA) @ x.flatten(2)).unflatten(2, x.shape[2:])  # [B,1,H,W]
     chosen = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p            # [B,1,1,1]
     return torch.lerp(x, luma, chosen.to(x.dtype))          # twice as fast as torch.where
 
@@ -382,7 +398,7 @@ def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8):
     [B,3,H,W] in 0..1 -> same. All are linear (hue turns the colours about the grey axis), so that
     an image needs one 3x4 matrix."""
     eye = torch.eye(3, device=x.device)
-    luma = x.new_tensor([[0.299, 0.587, 0.114]]).expand(3, 3)       # [3,3] colour -> its grey
+    luma = x.new_tensor(LUMA).expand(3, 3)       # [3,3] colour -> its grey
     turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
     draws = torch.rand(5, len(x), 1, 1, generator=rng, device=x.device)
     b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p)       # [B,1,1] each
@@ -775,7 +791,8 @@ class Trainer:
         self.x = data.x_train[kept].to(self.device) if in_memory else data.x_train.subset(kept)
         self.x_test = data.x_test.to(self.device) if in_memory else data.x_test
         self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
-        self.augmentation = AUGMENTATIONS[{"auto": "crop" if in_memory else "resized"}.get(c.aug, c.aug)]
+        self.aug = {"auto": "crop" if in_memory else "resized"}.get(c.aug, c.aug)
+        self.augmentation = AUGMENTATIONS[self.aug]
         self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])    # C, [C]
         self.class_size = self.counts.float().to(self.device)                                   # [C]
         sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
@@ -830,7 +847,7 @@ class Trainer:
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
         c, (N, _, H, W) = self.config, view.shape
         # 64 of 224 pixels [D, settings]; small images need more to show anything
-        side = c.patch_size or (H // 2 if self.augmentation[0] is crop_view else H * 2 // 7)
+        side = c.patch_size or (H // 2 if self.aug == "crop" else H * 2 // 7)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]
         with running_statistics_at_rest(self.net):
@@ -957,7 +974,7 @@ class Trainer:
         self.net.eval()
         plan, predicted, y = torch.arange(len(self.y_test)).split(500), [], []
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            x = x if self.augmentation[0] is crop_view else center_crop(x, self.size)    # [500,3,H,W]
+            x = x if self.aug == "crop" else center_crop(x, self.size)    # [500,3,H,W]
             known = (rows.cpu() == asked)               # all but files that can't be read
             predicted.append(self.net(x.float() / 255).argmax(1).cpu()[known])
             y.append(self.y_test[asked][known])

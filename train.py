@@ -147,16 +147,6 @@ def run_folder(config):
     return next(out for n in range(1, 10 ** 6) if not (out := Path("runs") / f"{name}-{n}").exists())
 
 
-def write_whole(path, write):
-    """Let write(temporary path) make the file, then rename it: never half a file at path."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def live(text):
     """A line that the next one overwrites; on a terminal alone."""
     if sys.stdout.isatty():
@@ -200,8 +190,8 @@ def train(config):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
-    write_whole(out / "config.json", lambda p: p.write_text(json.dumps(asdict(config) | dict(out=str(out)), indent=1)))
-    write_whole(out / "views.png", lambda p: save_views(trainer, p))
+    ltcl.write_whole(out / "config.json", lambda p: p.write_text(json.dumps(asdict(config) | dict(out=str(out)), indent=1)))
+    ltcl.write_whole(out / "views.png", lambda p: save_views(trainer, p))
     print(f"{len(trainer.y)} training images in {len(trainer.counts)} classes of {trainer.counts.max()} to "
           f"{trainer.counts.min()}, {len(trainer.y_test)} test images; on {trainer.device}; into {out}", flush=True)
     start = time.time()
@@ -215,7 +205,7 @@ def train(config):
         record = EPOCH | trainer.train_epoch(lambda i, n: live(f"{head}  step {i + 1}/{n}  {left(epoch + i / n)}"))
         record |= trainer.evaluate() if record["loss_ce"] is not None else {}
         record |= dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
-        write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
+        ltcl.write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         top1 = "no classifier yet" if record["top1"] is None else f"top-1 {record['top1']:5.2f} %"
