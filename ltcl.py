@@ -368,12 +368,13 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
     return torch.stack([x1, y1, x1 + w, y1 + h], 2)
 
 
-def cut(x, boxes, size, cells=1.0):
+def cut(x, boxes, size, cells=1.0, samples=-1):
     """The boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size]. cells:
-    cells of x a pixel of the boxes. aligned=True puts boxes on pixels and on cells at the same place."""
+    cells of x a pixel of the boxes. aligned=True puts boxes on pixels and on cells at the same place.
+    samples: taken a side of an output pixel; -1: one for each pixel that it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
     return torchvision.ops.roi_align(x.float(), torch.cat([image[:, None], boxes.flatten(0, 1)], 1), size,
-                                     spatial_scale=cells, aligned=True)
+                                     spatial_scale=cells, sampling_ratio=samples, aligned=True)
 
 
 def random_flip(x, rng, p=0.5):
@@ -393,18 +394,19 @@ def random_grayscale(x, rng, p=0.2):
     return torch.lerp(x, luma, chosen.to(x.dtype))          # twice as fast as torch.where
 
 
-def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8):
-    """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p: float
-    [B,3,H,W] in 0..1 -> same. All are linear (hue turns the colours about the grey axis), so that
-    an image needs one 3x4 matrix."""
+def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
+    """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p, and
+    no colour with probability grey: float [B,3,H,W] in 0..1 -> same. All are linear (hue turns the
+    colours about the grey axis), so that an image needs one 3x4 matrix."""
     eye = torch.eye(3, device=x.device)
     luma = x.new_tensor(LUMA).expand(3, 3)       # [3,3] colour -> its grey
     turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
-    draws = torch.rand(5, len(x), 1, 1, generator=rng, device=x.device)
+    draws = torch.rand(6, len(x), 1, 1, generator=rng, device=x.device)
     b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p)       # [B,1,1] each
     angle = 2 * math.pi * h
     hue = angle.cos() * eye + angle.sin() * turn + (1 - angle.cos()) / 3                # [B,3,3]
     colour = (1 + b) * (1 + c) * hue @ ((1 + s) * eye - s * luma)                       # [B,3,3]
+    colour = torch.where(draws[5] < grey, luma @ colour, colour)                        # [B,3,3]
     shift = -c * (1 + b) * (luma[:1] @ x.mean((2, 3))[:, :, None])                      # [B,1,1] of contrast
     return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp_(0, 1)
 
@@ -433,20 +435,22 @@ def crop_patch_view(x, rng):                            # to patches what [H]'s 
 
 def resized_view(x, rng, size):
     """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
-    boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
-    return cut(random_flip(x, rng), boxes, size).div_(255)
+    boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
+    flip = torch.rand(len(x), 1, 1, generator=rng, device=x.device) < 0.5       # [B,1,1]
+    mirrored = torch.where(flip, boxes[..., [2, 1, 0, 3]], boxes)               # [B,1,4] from right to left: no copy
+    return cut(x, mirrored, size, samples=1).div_(255)                          # more samples can't go backwards
 
 
 def query_view(x, rng, size):                           # [D, settings], as are the next two
-    return random_blur(random_grayscale(random_jitter(resized_view(x, rng, size), rng), rng), rng)
+    return random_blur(random_jitter(resized_view(x, rng, size), rng), rng)
 
 
 def key_view(x, rng, size):
-    return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1)
+    return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1, grey=0)
 
 
 def patch_view(x, rng):
-    return random_blur(random_grayscale(random_jitter(random_flip(x, rng), rng), rng), rng)
+    return random_blur(random_jitter(random_flip(x, rng), rng), rng)
 
 
 AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to a patch
@@ -898,6 +902,8 @@ class Trainer:
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
+            if c.classifier == "logit-adjusted":
+                logits = logits + self.class_size.log()     # [E,N,C] large classes need not be learnt as likely
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
         return dict(loss=loss, **parts), keys
@@ -913,14 +919,19 @@ class Trainer:
         """Does the epoch train the classifier? Not in the first of two stages."""
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
+    @property
+    def balanced(self):
+        """Does the epoch train the classifier on class-balanced batches?"""
+        c = self.config
+        auto = c.method != "ce" or self.epoch >= c.epochs       # ce: the baseline
+        return self.classifies and (auto if c.classifier == "auto" else c.classifier == "class-balanced")
+
     def batches(self, N, steps):
-        """The rows of an epoch's batches [steps,n]: n = N instance-balanced rows for the feature branch
-        and as many class-balanced ones for the classifier's, where the epoch trains it."""
+        """The rows of an epoch's batches [steps,n]: n = N instance-balanced rows, for the feature branch
+        and for a classifier that takes them, and as many class-balanced ones for a classifier that doesn't."""
         order = torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]
-        if self.config.method == "ce" and self.epoch < self.config.epochs:      # the baseline
-            return order.view(steps, N)
-        plan = [order] if self.weight else []
-        if self.classifies:
+        plan = [order] if self.weight or not self.balanced else []
+        if self.balanced:
             plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
         return torch.cat([rows.view(steps, N) for rows in plan], 1)
 

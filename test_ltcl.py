@@ -352,15 +352,18 @@ def test_colours():
     torch.testing.assert_close(ltcl.random_grayscale(x, rng, p=1), tv.rgb_to_grayscale(x, 3), rtol=0, atol=1e-3)
     grey = (ltcl.random_grayscale(x.repeat(10, 1, 1, 1), rng) != x.repeat(10, 1, 1, 1)).flatten(1).any(1)
     assert 90 < grey.sum() < 166
-    assert (ltcl.random_jitter(x, rng, p=0) - x).abs().max() < 1e-6
+    assert (ltcl.random_jitter(x, rng, p=0, grey=0) - x).abs().max() < 1e-6
+    torch.testing.assert_close(ltcl.random_jitter(x, rng, p=0, grey=1), tv.rgb_to_grayscale(x, 3), rtol=0, atol=1e-3)
+    jittered = ltcl.random_jitter(x.repeat(10, 1, 1, 1), rng)
+    assert 90 < (jittered.std(1).amax((1, 2)) < 1e-5).sum() < 166
     for i, adjust in enumerate(("brightness", "contrast", "saturation")):   # torchvision's, its factor found by search
         jitter = [0.0] * 4
         jitter[i] = 0.2
-        ours = ltcl.random_jitter(x[:4], rng, jitter, p=1)
+        ours = ltcl.random_jitter(x[:4], rng, jitter, p=1, grey=0)
         for image, out in zip(x, ours):
             theirs = [getattr(tv, f"adjust_{adjust}")(image, f) for f in torch.linspace(0.8, 1.2, 401)]
             assert min((t - out).abs().max() for t in theirs) < 2e-3
-    turned = ltcl.random_jitter(x, rng, (0, 0, 0, 0.1), p=1)
+    turned = ltcl.random_jitter(x, rng, (0, 0, 0, 0.1), p=1, grey=0)
     torch.testing.assert_close(turned.mean(1), x.mean(1), rtol=0, atol=0.02)
     assert (turned - x).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.9
 
@@ -371,6 +374,15 @@ def test_blur_is_torchvisions():
     torch.testing.assert_close(out, torchvision.transforms.functional.gaussian_blur(x, [7, 7], [1.0, 1.0]), rtol=0, atol=1e-5)
     half = ltcl.random_blur(x.repeat(20, 1, 1, 1), torch.Generator().manual_seed(0))
     assert 35 < (half == x.repeat(20, 1, 1, 1)).flatten(1).all(1).sum() < 85
+
+
+def test_a_box_from_right_to_left_is_cut_mirrored():
+    x, boxes = torch.rand(5, 3, 20, 20), ltcl.random_boxes(5, 1, 20, 20, torch.Generator().manual_seed(0), scale=(0.1, 1))
+    mirrored = ltcl.cut(x, boxes[..., [2, 1, 0, 3]], 16, samples=1)
+    torch.testing.assert_close(mirrored, ltcl.cut(x, boxes, 16, samples=1).flip(3))
+    ramp = torch.arange(40, dtype=torch.uint8).expand(400, 3, 40, 40)
+    falling = (ltcl.resized_view(ramp, torch.Generator().manual_seed(0), 8).diff(dim=3) < 0).flatten(1)
+    assert 160 < falling.any(1).sum() < 240 and (falling.all(1) == falling.any(1)).all()
 
 
 def test_views_of_large_images():
@@ -575,6 +587,29 @@ def test_a_step_never_waits_for_cuda(settings):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("method", ["ce", "sc"])
+def test_batches_of_the_classifier(method):
+    for classifier in ("auto", "class-balanced", "instance-balanced", "logit-adjusted"):
+        trainer = tiny_trainer(method=method, classifier=classifier)
+        plan = torch.cat([trainer.batches(8, 2) for _ in range(200)])       # [400,n]
+        contrast, classes = plan[:, :8], torch.bincount(trainer.y[plan[:, -8:]].flatten()) / (400 * 8)
+        balanced = classifier == "class-balanced" or (classifier == "auto" and method == "sc")
+        assert plan.shape[1] == (16 if balanced and method == "sc" else 8)
+        expected = torch.full((3,), 1 / 3) if balanced else trainer.counts / trainer.counts.sum()
+        torch.testing.assert_close(classes, expected, rtol=0.1, atol=0)
+        if method == "sc":
+            torch.testing.assert_close(torch.bincount(trainer.y[contrast].flatten()) / 3200, trainer.counts / 21, rtol=0.1, atol=0)
+
+
+def test_logit_adjustment_is_balanced_softmax():
+    trainer = tiny_trainer(method="ce", classifier="logit-adjusted", aug="crop")
+    logits, y = torch.randn(1, 3, 3), torch.tensor([0, 2, 1])
+    trainer.net.logits = lambda maps: logits
+    parts, _ = trainer.losses(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), y, torch.zeros(3, 3, 8, 8, dtype=torch.uint8), y)
+    weighted = logits[0].exp() * torch.tensor([12.0, 6, 3])                 # n_c exp(logit_c)
+    torch.testing.assert_close(parts["loss"], -(weighted[range(3), y] / weighted.sum(1)).log().mean())
+
+
 def test_patches_leave_batchnorm_alone():
     trainer = tiny_trainer()
     view, before = torch.rand(8, 3, 8, 8), {k: v.clone() for k, v in trainer.net.state_dict().items()}
@@ -639,6 +674,12 @@ def test_other_images(grey, size, tmp_path):
     assert data.x_train.shape == (21, 3, size, size) and data.class_names == ["cat", "dog", "ant"]
     if grey:
         assert (data.x_train[:, 0] == data.x_train[:, 2]).all()
+
+
+def test_evaluation_now_and_then(tiny, tmp_path):
+    assert train.main([*tiny, "--epochs", "5", "--eval-every", "2", "--out", str(tmp_path / "run")]) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [e["top1"] is not None for e in log] == [False, True, False, True, True]
 
 
 def test_mixed_precision_on_the_cpu(tiny, tmp_path):
@@ -989,7 +1030,7 @@ def benchmark_views():
     rng = torch.Generator().manual_seed(0)
 
     def resized(x):
-        return ltcl.random_grayscale(ltcl.random_jitter(ltcl.resized_view(x, rng, 32), rng), rng)
+        return ltcl.random_jitter(ltcl.resized_view(x, rng, 32), rng)
 
     recipes = {"crop, flip, grayscale [H]": (lambda x: ltcl.crop_view(x, rng), [v2.RandomCrop(32, padding=4)], []),
                "resized crop, flip, jitter, grayscale": (resized, [v2.RandomResizedCrop(32)], [

@@ -58,6 +58,9 @@ class Config:
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
+    classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, the log "
+                              "of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
+                              ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
     stage2_batch: int = setting(128, "two-stage: its batch", low=1)
@@ -65,6 +68,7 @@ class Config:
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
                        "auto: resized for image files", ["auto", "crop", "resized"])
     size: int = setting(224, "side of the views of image files in pixels", low=8)
+    eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
     compile: str = setting("off", "torch.compile the backbone", ["off", "on"])
@@ -203,12 +207,14 @@ def train(config):
         began, epoch = time.time(), trainer.epoch
         head = f"epoch {epoch + 1:3}/{trainer.epochs}"
         record = EPOCH | trainer.train_epoch(lambda i, n: live(f"{head}  step {i + 1}/{n}  {left(epoch + i / n)}"))
-        record |= trainer.evaluate() if record["loss_ce"] is not None else {}
+        due = trainer.epoch % config.eval_every == 0 or trainer.epoch == trainer.epochs
+        record |= trainer.evaluate() if due and record["loss_ce"] is not None else {}
         record |= dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
         ltcl.write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
-        top1 = "no classifier yet" if record["top1"] is None else f"top-1 {record['top1']:5.2f} %"
+        top1 = ("no classifier yet" if record["loss_ce"] is None else "not evaluated" if record["top1"] is None
+                else f"top-1 {record['top1']:5.2f} %")
         live("")
         print(f"{head}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
               f"lr {record['lr']:.4f}  {top1}  {record['seconds']:5.1f} s  {left(trainer.epoch)}", flush=True)
