@@ -21,20 +21,25 @@ coefficient, is called the contrast weight here).
 
 import contextlib
 import copy
+import io
 import math
 import os
+import signal
 import sys
 import tempfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 
@@ -159,6 +164,16 @@ def read_npz(path):
     return Dataset(images[0], torch.from_numpy(labels[0]), images[1], torch.from_numpy(labels[1]), names)
 
 
+def read_picture(path):
+    """A picture of any kind as uint8 [3,h,w]: turned upright, what is transparent in white. Raises what PIL raises."""
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):                # 16 bits of grey: PIL would cut them off at 255
+            picture = picture.point(lambda v: v / 256).convert("L")
+        rgba = picture.convert("RGBA")
+    return pil_to_tensor(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+
+
 class ImageFiles(torch.utils.data.Dataset):
     """Image files of any size and kind as uint8 [3,side,side]: the shorter side resized, the middle
     cut out. side None: as they are. Item i is (pixels, row); row is i, or where file i cannot be
@@ -176,7 +191,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, i):
         for row in [*range(i, len(self)), *range(i)]:
             try:
-                x = pil_to_tensor(default_loader(self.paths[row]))              # uint8 [3,h,w]
+                x = read_picture(self.paths[row])                               # uint8 [3,h,w]
             except Exception:  # whatever PIL raises for a missing, broken or monstrous file
                 continue
             return (x if self.side is None else center_crop(resize(x, self.side), self.side)), row
@@ -244,14 +259,19 @@ def load_files(root, train_list, test_list, size):
     return Dataset(ImageFiles(files[0].paths, side), labels[0], ImageFiles(files[1].paths, side), labels[1], names)
 
 
-def write_whole(path, write):
-    """Let write(temporary path) make the file, then rename it: never half a file at path."""
+def write_whole(path, content):
+    """Write bytes under another name, flush and rename: path is the old file or the new one, never half of one."""
     part = path.with_name(path.name + ".part")
     try:
-        write(part)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
-    finally:
+    except OSError as error:
         part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({error.strerror}): make room or choose another folder; "
+                         "what was there before is whole") from None
 
 
 def download_cifar(name, path):
@@ -263,14 +283,11 @@ def download_cifar(name, path):
         except Exception as error:  # offline, a server's refusal, a checksum: torchvision raises all kinds
             raise InputError(f"{name} could not be downloaded ({error}): get online, or put {name}.npz "
                              f"(x_train, y_train, x_test, y_test) at {path}") from None
-
-    def write(part):
-        with part.open("wb") as file:
-            np.savez(file, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
-                     class_names=train.classes)
-
+    content = io.BytesIO()
+    np.savez(content, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
+             class_names=train.classes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, write)
+    write_whole(path, content.getbuffer())
 
 
 # The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
@@ -555,6 +572,10 @@ class Hybrid(nn.Module):
     def forward(self, x):
         return self.logits(self.maps(x)).mean(0)        # [B,C]
 
+    def preprocess(self, path):
+        """A picture file as this network takes it, float [3,H,W] in 0..1; see load(). Raises what PIL raises."""
+        return center_crop(resize(read_picture(path), self.resize), self.crop) / 255
+
 
 @contextlib.contextmanager
 def running_statistics_at_rest(net):
@@ -759,18 +780,31 @@ def pick_amp(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def gather(t, dim=0):
+    """The rows of all processes, with their gradients; with DistributedDataParallel's mean over processes a
+    loss over them has the gradient of a single process. t itself where there is one alone."""
+    return torch.cat(dist_nn.all_gather(t.contiguous()), dim) if dist.is_initialized() else t
+
+
+def leave_signals_to_the_trainer(_):
+    """For a worker: Ctrl-C reaches it too, and shall not end it before the step is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def shot_groups(counts):
     """Classes by training images, counts [C]: many > 100, medium 20-100, few < 20. Masks [C]."""
     return dict(many=counts > 100, medium=(counts >= 20) & (counts <= 100), few=counts < 20)
 
 
 def accuracy(predicted, y, counts):
-    """Accuracy in % on a test set [M], over all images (top1), as the mean over classes (balanced)
-    and over those of each shot group; None for a group without classes."""
+    """Accuracy in % on a test set [M], over all images (top1), of each class (by_class), as the mean over
+    classes (balanced) and over those of each shot group; None for a group without classes."""
     C, hit = len(counts), (predicted == y).double()
     by_class = 100 * torch.zeros(C).double().index_add(0, y, hit) / torch.bincount(y, minlength=C)  # [C]
     return dict(top1=100 * hit.mean().item(), balanced=by_class.nanmean().item(),
-                **{name: by_class[g].nanmean().item() if g.any() else None for name, g in shot_groups(counts).items()})
+                **{name: by_class[g].nanmean().item() if g.any() else None for name, g in shot_groups(counts).items()},
+                by_class=by_class.tolist())
 
 
 class Trainer:
@@ -778,10 +812,17 @@ class Trainer:
 
     config: the settings, train.Config.  data: Dataset, thinned here to --imb. Raises InputError where
     they do not fit together, and during training when the loss stops being a number.
+
+    With torch.distributed at work, every process has a Trainer and takes its part of each batch.
     """
 
     def __init__(self, config, data):
         c = self.config = config
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        require(c.batch_size % self.ranks == c.stage2_batch % self.ranks == 0, f"--batch-size {c.batch_size} or "
+                f"--stage2-batch {c.stage2_batch} can't be shared by {self.ranks} processes: take multiples of it")
+        self.history = []                               # losses of the steps done in this epoch
+        self.evaluated = {}                             # the last accuracy
         self.epoch = 0                                  # epochs done, of
         self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)
         self.device = pick_device(c.device)
@@ -802,11 +843,16 @@ class Trainer:
         sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
         self.size = min(pixels.shape[2:]) if in_memory else c.size            # of a view's side
+        # what a picture of any size goes through to be evaluated: resized, its middle cut out
+        self.resize, self.crop = (max(pixels.shape[2:]), list(pixels.shape[2:])) if in_memory else (self.x.side, [c.size] * 2)
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         amp = pick_amp(c.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.manual_seed(c.seed)
             net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, amp=amp)
+        if c.batchnorm == "sync":
+            require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
         if c.compile == "on":
@@ -818,7 +864,11 @@ class Trainer:
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        self.rng = torch.Generator(self.device).manual_seed(c.seed)  # of batches and views
+        self.rng = torch.Generator(self.device).manual_seed(c.seed)  # of batches and views, see reseed
+        self.forward = nn.Module()
+        self.forward.net, self.forward.forward = self.net, self.losses
+        if self.ranks > 1:                              # which weights an epoch leaves out changes on the way
+            self.forward = nn.parallel.DistributedDataParallel(self.forward, find_unused_parameters=True)
 
     def images(self, x, plan):
         """The images of each batch of rows in plan, uint8 [n,3,H,W] on the device, with the rows
@@ -827,7 +877,8 @@ class Trainer:
             yield from ((x[rows], rows) for rows in plan)
             return
         loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
-                                             num_workers=self.config.workers, pin_memory=self.device.type == "cuda")
+                                             num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
+                                             worker_init_fn=leave_signals_to_the_trainer)
         for (pixels, rows), asked in zip(loader, plan):
             known = self.unreadable.setdefault(x, set())
             new = {x.paths[i] for i in asked.cpu()[rows != asked.cpu()].tolist()} - known
@@ -864,18 +915,19 @@ class Trainer:
         return sum(losses) / c.experts
 
     def contrast(self, views, maps, y):
-        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D]."""
+        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D] with their labels."""
         N = len(y)
         z = self.net.embed([m[:N if self.keys else 2 * N] for m in maps])   # [E,2N,D], with a momentum encoder [E,N,D]
         q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
         if self.keys:
             with torch.no_grad():
                 k = self.keys.embed(self.keys.maps(views[1]))
+        q, k, y = gather(q, 1), gather(k, 1), gather(y)                     # of all processes
         losses = [self.contrast_loss(q[i], k[i], y, e.prototypes, self.queue[i]) for i, e in enumerate(self.net.experts)]
         parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
         if self.config.pbsd:
             parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
-        return parts, k.detach()
+        return parts, (k.detach(), y)
 
     def remember(self, keys, y):
         """The keys [E,N,D] overwrite the oldest of the queue."""
@@ -887,7 +939,7 @@ class Trainer:
             self.queue_at = (self.queue_at + n) % K
 
     def losses(self, x, y, x_ce, y_ce):
-        """The loss of a step with its parts, and the keys. x [N,3,H,W] uint8 and y [N]: the instance-balanced
+        """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]: the instance-balanced
         batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
         statistics are those of what the classifier meets."""
         c, N, weight = self.config, len(y), self.weight
@@ -928,23 +980,24 @@ class Trainer:
 
     def batches(self, N, steps):
         """The rows of an epoch's batches [steps,n]: n = N instance-balanced rows, for the feature branch
-        and for a classifier that takes them, and as many class-balanced ones for a classifier that doesn't."""
+        and for a classifier that takes them, and as many class-balanced ones for a classifier that doesn't.
+        Of several processes each gets its part of both."""
         order = torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]
         plan = [order] if self.weight or not self.balanced else []
         if self.balanced:
             plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
-        return torch.cat([rows.view(steps, N) for rows in plan], 1)
+        return torch.cat([rows.view(steps, N).chunk(self.ranks, 1)[self.rank] for rows in plan], 1)
 
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
         for the device."""
-        parts, keys = self.losses(x[:N], y[:N], x[-N:], y[-N:])
+        parts, keys = self.forward(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
         self.scaler.scale(parts["loss"]).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
         if keys is not None:
-            self.remember(keys, y[:N])                  # after backward, which still reads the queue
+            self.remember(*keys)                        # after backward, which still reads the queue
         if self.keys and self.weight:
             self.follow()
         return {name: part.detach() for name, part in parts.items()}
@@ -956,45 +1009,122 @@ class Trainer:
         slow, fast = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
         get_ema_multi_avg_fn(self.config.ema)(slow, fast, None)
 
+    def reseed(self, *place):
+        """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
+        So there is no random state that a checkpoint could lose."""
+        self.rng.manual_seed(int(np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)[0]))
+
     def train_epoch(self, tick=lambda step, steps: None):
         """Once over the training set. Returns the epoch's means; nothing is read from the device
-        before its end. tick is called before every step."""
-        c, weight, second, history = self.config, self.weight, self.epoch >= self.config.epochs, []
-        N = min(c.stage2_batch, len(self.y)) if second else c.batch_size
+        before its end. tick is called between two steps: it may save the state, or raise to stop;
+        then the next call goes on there."""
+        c, weight, second = self.config, self.weight, self.epoch >= self.config.epochs
+        N = min(c.stage2_batch, len(self.y) // self.ranks * self.ranks) if second else c.batch_size
         steps = len(self.y) // N                        # the incomplete last batch is left out
         optimizer = self.optimizers[second]
         self.net.train(not second)                      # frozen: BatchNorm as in evaluation
-        for i, (x, rows) in enumerate(self.images(self.x, self.batches(N, steps))):
-            tick(i, steps)
+        self.reseed(self.epoch)
+        done, plan = len(self.history), self.batches(N, steps)
+        for i, (x, rows) in enumerate(self.images(self.x, plan[done:]), done):
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            parts = self.step(x, self.y[rows], N, optimizer)
-            history.append(torch.stack(list(parts.values())))
-        table = torch.stack(history).cpu()              # [steps, parts]
-        broken = ~table[:, 0].isfinite()                # [steps]
-        broken[-1] |= not all(t.isfinite().all() for t in self.net.state_dict().values())
+            self.reseed(self.epoch, i + 1, self.rank)
+            parts = self.step(x, self.y[rows], N // self.ranks, optimizer)
+            self.history.append(torch.stack(list(parts.values())))
+            if i + 1 < steps:
+                tick(i + 1, steps)
+        if self.ranks > 1:
+            self.agree()
+        self.check()
+        table, self.history = torch.stack(self.history).cpu(), []               # [steps, parts]
         self.epoch += 1
-        require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch}, step "
-                f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt keeps the epoch before")
         return dict(zip(parts, table.mean(0).tolist()), contrast_weight=weight, lr=lr)
+
+    def agree(self):
+        """Losses become the mean of all processes, BatchNorm's running statistics those of the first."""
+        self.history = list(gather(torch.stack(self.history)[None]).mean(0))
+        for buffer in self.net.buffers():
+            dist.broadcast(buffer, 0)
+
+    def check(self):
+        """Raises InputError when losses or weights are no longer numbers."""
+        broken = ~torch.stack(self.history)[:, 0].isfinite().cpu()              # [steps]
+        broken[-1] |= not all(t.isfinite().all() for t in self.net.state_dict().values())
+        require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch + 1}, step "
+                f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt is from before")
 
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
         self.net.eval()
-        plan, predicted, y = torch.arange(len(self.y_test)).split(500), [], []
+        plan = torch.arange(len(self.y_test)).split(500)[self.rank::self.ranks]
+        predicted, y = [self.y_test[:0]], [self.y_test[:0]]
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
             x = x if self.aug == "crop" else center_crop(x, self.size)    # [500,3,H,W]
             known = (rows.cpu() == asked)               # all but files that can't be read
             predicted.append(self.net(x.float() / 255).argmax(1).cpu()[known])
             y.append(self.y_test[asked][known])
-        return accuracy(torch.cat(predicted), torch.cat(y), self.counts)
+        found = [(torch.cat(predicted), torch.cat(y))] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(found, found[0])
+        self.evaluated = accuracy(*map(torch.cat, zip(*found)), self.counts)
+        return self.evaluated
 
     def state_dict(self):
-        """Plain values and tensors alone: loads with weights_only=True."""
-        return dict(epoch=self.epoch, net=self.net.state_dict(), keys=self.keys and self.keys.state_dict(),
+        """All that the rest of the run follows from, and all that load() needs; plain values and tensors
+        alone, loads with weights_only=True. Random states are not among it: see reseed."""
+        return dict(net=self.net.state_dict(), keys=self.keys and self.keys.state_dict(),
                     queue=self.queue, queue_y=self.queue_y, queue_at=self.queue_at,
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
-                    rng=self.rng.get_state(), config=asdict(self.config), class_names=self.class_names,
-                    counts=self.counts.tolist())
+                    epoch=self.epoch, history=self.history, evaluated=self.evaluated, ranks=self.ranks,
+                    config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
+                    labels=zlib.crc32(self.y.cpu().numpy()), resize=self.resize, crop=self.crop,
+                    versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
+
+    def load_state_dict(self, state):
+        """Go on from a state_dict(). Raises InputError where it is another run's."""
+        require(state["class_names"] == self.class_names and state["labels"] == zlib.crc32(self.y.cpu().numpy()),
+                "the training images are not those that the run began with: --data or the files in it have changed")
+        try:
+            self.net.load_state_dict(state["net"])
+            if self.keys:
+                self.keys.load_state_dict(state["keys"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            self.scaler.load_state_dict(state["scaler"])
+            self.queue.copy_(state["queue"])
+            self.queue_y.copy_(state["queue_y"])
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None
+        self.queue_at, self.epoch, self.evaluated = state["queue_at"], state["epoch"], state["evaluated"]
+        self.history = [parts.to(self.device) for parts in state["history"]]
+
+
+def read_checkpoint(run):
+    """The state in a run's folder, or in a .pt file, on the CPU. Raises InputError."""
+    path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
+    require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
+        known = state.keys() >= {"net", "config", "epoch", "history", "labels", "class_names", "counts", "resize", "crop"}
+    except Exception:  # torch, zipfile and pickle each have their own for a broken file
+        known = False
+    require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")
+    return state
+
+
+def load(run, device="auto"):
+    """The trained network of a run (its folder or a .pt file), in eval mode, on any device.
+
+    net(x) takes float images [B,3,H,W] in 0..1 and gives logits [B,C]; net.preprocess(path) makes such an
+    image of a picture file; net.class_names and net.counts are the C classes. Raises InputError.
+    """
+    state = read_checkpoint(run)
+    try:
+        net = Hybrid(state["config"]["net"], len(state["counts"]), torch.zeros(3), torch.ones(3), state["config"]["experts"])
+        net.load_state_dict(state["net"])
+    except Exception as error:  # another version's
+        raise InputError(f"{run}: its weights don't fit this program ({str(error).splitlines()[0]})") from None
+    net.class_names, net.counts, net.resize, net.crop = (state[key] for key in ("class_names", "counts", "resize", "crop"))
+    return net.to(pick_device(device)).eval()

@@ -1,10 +1,15 @@
 """Tests: python -m pytest -q.  Benchmark: python test_ltcl.py"""
 
+import errno
+import importlib.util
 import inspect
 import io
 import json
 import math
 import os
+import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -207,6 +212,30 @@ def test_sc_without_positives_is_zero_with_zero_gradient():
     loss = ltcl.sc_loss(z, torch.arange(4))
     loss.backward()
     assert loss == 0 and (z.grad == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_losses_on_anything(seed):
+    """Sizes, label patterns, temperatures and types at random: finite, the same in any order, pulled by what it should be."""
+    rng = np.random.RandomState(seed)
+    N, D, C, K, L = rng.randint(1, 40), rng.randint(2, 33), rng.randint(2, 12), rng.randint(1, 50), rng.randint(1, 4)
+    dtype = [torch.float16, torch.bfloat16, torch.float32, torch.float64][rng.randint(4)]
+    tau, alpha = float(10 ** rng.uniform(-2, 1)), float(rng.uniform(0, 1))
+    y = torch.from_numpy(rng.choice([rng.randint(C), C], N) if rng.rand() < 0.2 else rng.randint(C, size=N)).clamp(max=C - 1)
+    queue_y = torch.from_numpy(rng.randint(-1, C, K))
+    z, k, s, m, p = (unit(*shape, D, seed=seed + i, dtype=dtype).requires_grad_()
+                     for i, shape in enumerate([(N,), (N,), (N, L), (K,), (C,)]))
+    if rng.rand() < 0.3:
+        k = z.detach().clone().requires_grad_()         # both views the same point
+    losses = [lambda o: ltcl.sc_loss(z[o], y[o], tau), lambda o: ltcl.psc_loss(z[o], y[o], p, tau),
+              lambda o: ltcl.dscl_loss(z[o], k[o], y[o], m, queue_y, alpha, tau), lambda o: ltcl.dscl_loss(z[o], k[o], y[o], None, None, alpha, tau),
+              lambda o: ltcl.pbsd_loss(k[o, None].expand(-1, L, -1), s[o], m, tau)]
+    for loss in losses:
+        value, again = loss(torch.arange(N)), loss(torch.from_numpy(rng.permutation(N)))
+        gradients = torch.autograd.grad(value, [z, k, s, m, p], allow_unused=True)
+        assert value.isfinite() and value.dtype == torch.promote_types(dtype, torch.float32)
+        assert all(g is None or g.isfinite().all() for g in gradients)
+        torch.testing.assert_close(value, again, rtol=1e-4, atol=1e-4)
 
 
 def test_psc_of_one_prototype_is_refused():
@@ -422,7 +451,7 @@ def test_accuracy_of_groups():
     counts = torch.tensor([200, 50, 50, 5])
     y = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     result = ltcl.accuracy(torch.tensor([0, 0, 1, 0, 0, 0, 3, 0]), y, counts)
-    assert result == dict(top1=50, balanced=50, many=100, medium=25, few=50)
+    assert result == dict(top1=50, balanced=50, many=100, medium=25, few=50, by_class=[100, 50, 0, 50])
     assert ltcl.accuracy(y, y, counts + 100)["few"] is None
     skewed = ltcl.accuracy(torch.zeros(4).long(), torch.tensor([0, 0, 0, 1]), torch.tensor([200, 200]))
     assert skewed["top1"] == 75 and skewed["balanced"] == 50 == skewed["many"]
@@ -806,6 +835,478 @@ def test_presets_are_the_papers_settings():
     assert train.Config.of(dataset="cifar10", method="psc").tau == 1 and train.Config.of(dataset="cifar100", method="psc").tau == 0.1
 
 
+# --- nothing lost: stopping, killing and going on ------------------------------------------------
+
+def states_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b
+
+
+def same_run(a, b):
+    """Do two finished runs agree in all but their folder and their clock?"""
+    states = [torch.load(out / "last.pt", weights_only=True) for out in (a, b)]
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
+    for state, log in zip(states, logs):
+        state["config"]["out"] = ""
+        for record in log:
+            record["seconds"] = 0
+    assert [r["epoch"] for r in logs[0]] == list(range(1, len(logs[0]) + 1))
+    return logs[0] == logs[1] and states_equal(*states)
+
+
+def interrupt(monkeypatch, at, number=signal.SIGINT):
+    """Send a signal in the middle of the steps in at, counted over all runs."""
+    step, count = ltcl.Trainer.step, iter(range(10 ** 6))
+
+    def stepping(*args):
+        if next(count) in at:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(ltcl.Trainer, "step", stepping)
+
+
+@pytest.mark.parametrize("flags", [["--method", "ce"], ["--queue", "12", "--ema", "0.9"], ["--method", "psc", "--experts", "2", "--amp", "fp16"],
+                                   ["--curriculum", "two-stage", "--stage2-epochs", "2", "--stage2-batch", "8"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_is_bit_identical(flags, number, tiny, tmp_path, monkeypatch, capsys):
+    argv, out = [*tiny, *flags, "--epochs", "3", "--batch-size", "5"], tmp_path / "stopped"     # 4 steps an epoch
+    assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    interrupt(monkeypatch, {1, 3, 8}, number)           # within an epoch, in its last step, in another epoch
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    capsys.readouterr()
+    assert train.main([*argv, "--out", str(out)]) == 128 + number
+    for where in ((0, 2), (1, 0), (2, 1)):
+        state = torch.load(out / "last.pt", weights_only=True)
+        assert (state["epoch"], len(state["history"])) == where
+        command = capsys.readouterr().err.splitlines()[-1].partition("to go on: ")[2].split()
+        assert command == ["python", "train.py", "--resume", "--out", str(out)]
+        status = train.main(command[2:])
+    assert status == 0 and same_run(out, tmp_path / "whole")
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert train.main(command[2:]) == 0 and same_run(out, tmp_path / "whole")       # nothing is left to do
+
+
+def test_saved_every_other_epoch_and_on_long_ones(tiny, tmp_path, monkeypatch):
+    saved, write = [], ltcl.write_whole
+    monkeypatch.setattr(ltcl, "write_whole", lambda path, content: saved.append(path.name) or write(path, content))
+    argv = [*tiny, "--method", "ce", "--epochs", "5", "--save-every", "2"]
+    assert train.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    assert [name for name in saved if name in ("log.jsonl", "last.pt")] == [
+        "log.jsonl", "log.jsonl", "log.jsonl", "last.pt", "log.jsonl", "log.jsonl", "last.pt", "log.jsonl", "last.pt"]
+    saved.clear()
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)       # two steps an epoch: a save between them
+    assert train.main([*argv, "--out", str(tmp_path / "b")]) == 0
+    assert saved.count("last.pt") == 5 + 3 and same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_full_disk(tiny, tmp_path, monkeypatch, capsys):
+    argv, out = [*tiny, "--epochs", "4"], tmp_path / "run"
+    assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    write, saves = os.fsync, []
+
+    def full(number):
+        if os.readlink(f"/proc/self/fd/{number}").endswith("last.pt.part"):
+            saves.append(number)
+            if len(saves) == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(number)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", full)
+    capsys.readouterr()
+    assert train.main([*argv, "--out", str(out)]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "last.pt could not be written (No space left on device)" in line
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 2 and not list(out.glob("*.part"))
+    assert train.main(["--resume", "--out", str(out)]) == 0 and same_run(out, tmp_path / "whole")
+
+
+KILLER = """
+import os, random, signal, sys, threading, time
+sys.path.insert(0, {here!r})
+import ltcl, train
+random.seed({seed})
+write = os.fsync, os.replace
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+def maybe(real, chance):
+    return lambda *args: die() if random.random() < chance and "last.pt" in str(args) + where[0] else real(*args)
+where = [""]
+whole = ltcl.write_whole
+def write_whole(path, content):
+    where[0] = path.name
+    if path.name == "last.pt" and random.random() < {chance}:
+        with open(str(path) + ".part", "wb") as file:
+            file.write(content[:random.randrange(len(content))])
+        die()
+    whole(path, content)
+ltcl.write_whole = write_whole
+os.fsync, os.replace = maybe(os.fsync, {chance}), maybe(os.replace, {chance})
+threading.Timer(random.uniform(0, {wait}), die).start()
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_kill(tiny, tmp_path):
+    """kill -9, at any moment and within a save, as often as LTCL_KILLS says; then the run ends as if nothing had been."""
+    kills, argv = int(os.environ.get("LTCL_KILLS", 3)), [*tiny, "--queue", "12", "--ema", "0.9", "--epochs", "120"]
+    assert train.main([*argv, "--quiet", "--out", str(tmp_path / "whole")]) == 0
+    seconds = sum(json.loads(line)["seconds"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines())
+    out, died, seed, epochs = tmp_path / "killed", 0, 0, []
+    while died < kills:
+        seed += 1
+        chance = (0.0, 0.02)[seed % 2]                  # half of them anywhere, half of them within a save
+        script = KILLER.format(here=str(HERE), seed=seed, wait=(2 * seconds / kills, 1e6)[seed % 2], chance=chance)
+        run = subprocess.run([sys.executable, "-c", script, *argv, "--resume", "--out", str(out)], capture_output=True, text=True)
+        assert run.returncode in (0, -signal.SIGKILL), run.stderr
+        epochs.append(torch.load(out / "last.pt", weights_only=True)["epoch"] if (out / "last.pt").exists() else 0)
+        if run.returncode == 0 and died < kills:        # it got through: from the beginning, to be killed again
+            assert same_run(out, tmp_path / "whole")
+            shutil.rmtree(out)
+        died += run.returncode != 0
+    assert train.main([*argv, "--resume", "--out", str(out)]) == 0
+    assert same_run(out, tmp_path / "whole")
+    print(f"survived {died} kills, after epochs {epochs}")
+
+
+def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
+    script = (f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import ltcl, train\n"
+              "ltcl.Trainer.step = lambda *_: (print('stepping', flush=True), time.sleep(60))\nsys.exit(train.main(sys.argv[1:]))")
+    run = subprocess.Popen([sys.executable, "-c", script, *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    while "stepping" not in run.stdout.readline():
+        pass
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.wait(20) == -signal.SIGINT
+
+
+def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    interrupt(monkeypatch, {2})                         # after 3 of 6 steps
+    assert train.main([*tiny, "--epochs", "3", "--seed", "4", "--out", str(out)]) == 130
+    resume = ["--resume", "--out", out]
+    for flags, words in ((["--lr", "0.3"], ["--lr is 0.3", "0.05"]), (["--seed", "5"], ["--seed is 5"]), (["--net", "resnet20"], ["--net"]),
+                         (["--batch-size", "4"], ["--batch-size is 4"]), (["--method", "sc"], ["--method is 'sc'", "'dscl'"]),
+                         (["--dataset", "shapes"], ["--dataset"]), (["--epochs", "1"], ["--epochs 1", "another learning rate"]),
+                         (["--epochs", "30"], ["--epochs 30"])):
+        refused(capsys, tmp_path, [*resume, *flags], *words)
+    write_npz(tmp_path / "tiny.npz", **arrays(n=(11, 6, 3)))
+    refused(capsys, tmp_path, resume, "training images are not those")
+    write_npz(tmp_path / "tiny.npz")
+    assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "bf16"]) == 0     # given again; no matter; rounding
+    assert "note: --amp goes from auto to bf16" in capsys.readouterr().err
+    refused(capsys, tmp_path, ["--resume"], "--out")
+    refused(capsys, tmp_path, ["--resume", "--eval", out, "--out", out], "choose one")
+
+
+def test_a_longer_run_where_the_schedule_allows_it(tiny, tmp_path, capsys):
+    argv = [*tiny, "--method", "ce", "--warmup", "0"]
+    assert train.main([*argv, "--epochs", "20", "--out", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, {8})
+        assert train.main([*argv, "--epochs", "10", "--out", str(tmp_path / "run")]) == 130     # in epoch 5, before the first drop
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "20"]) == 0
+    assert "note: --epochs goes from 10 to 20" in capsys.readouterr().err
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+    refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--epochs", "40"], "--epochs 40", "start a new run")
+
+
+def test_resume_where_nothing_is_saved(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*tiny, "--resume", "--out", str(out)]) == 0      # so that one command can be repeated
+    assert "starts from the beginning" in capsys.readouterr().err
+    for name in ("last.pt", "log.jsonl"):
+        (out / name).unlink()
+    assert train.main(["--resume", "--out", str(out)]) == 0             # with the settings of config.json
+    assert json.loads((out / "config.json").read_text())["dataset"].endswith("tiny.npz")
+    (out / "last.pt").unlink()
+    (out / "config.json").write_text("{")
+    refused(capsys, tmp_path, ["--resume", "--out", out], "config.json is damaged")
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    path = write_npz(folder / "tiny.npz", **arrays(n=(120, 60, 10), size=32), class_names=np.array(["dark", "grey", "bright"]))
+    assert train.main(["--dataset", path, *TINY, "--epochs", "3", "--method", "ce", "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda whole: whole[:len(whole) // 2], ["damaged"]),
+    (lambda whole: whole[:-1], ["damaged"]),
+    (lambda whole: b"", ["damaged"]),
+    (lambda whole: b"hello", ["damaged"]),
+    (lambda whole: saved([1, 2]), ["no checkpoint of this program"]),
+    (lambda whole: saved(dict(net={}, epoch=3)), ["no checkpoint of this program"]),
+    (lambda whole: saved(torch.nn.Linear(2, 2)), ["no checkpoint of this program"]),    # it could run code
+    (lambda whole: changed(whole, config=dict(net="vgg")), ["don't fit", "settings"]),
+    (lambda whole: changed(whole, config=dict(net="resnet8", colour="red")), ["don't fit", "settings"]),
+    (lambda whole: changed(whole, net={}), ["fit"]),
+])
+def test_bad_checkpoints(make, words, a_run, tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    path.write_bytes(make((a_run / "last.pt").read_bytes()))
+    write_picture(tmp_path / "a.png")
+    for argv in (["--eval", path], ["--predict", path, tmp_path / "a.png"], ["--resume", "--out", tmp_path]):
+        line = refused(capsys, tmp_path, argv)
+        assert any(word in line for word in words), line
+
+
+def saved(value):
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def changed(whole, **changes):
+    return saved(torch.load(io.BytesIO(whole), weights_only=True) | changes)
+
+
+# --- several processes -----------------------------------------------------------------------------
+
+def on_each_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {}
+    for name, (net, loss, x) in gradient_cases().items():
+        part = [t.chunk(2)[rank] for t in x]
+        net = torch.nn.parallel.DistributedDataParallel(net)
+        loss(net(part[0]).chunk(2, 1), net.module.prototypes, ltcl.gather(part[1]), ltcl.gather).backward()
+        results[name] = {key: p.grad for key, p in net.module.named_parameters()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Embedder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.prototypes = torch.nn.Linear(6, 8, dtype=torch.float64), torch.nn.Parameter(unit(4, 4, seed=9))
+
+    def forward(self, x):                               # [n,6] -> two views [n,8]; prototypes in use in every case
+        return F.normalize(self.layer(x).view(-1, 2, 4), dim=2).flatten(1) + 0 * self.prototypes.sum()
+
+
+def gradient_cases():
+    x, y, queue = unit(12, 6, seed=5), torch.tensor([0, 1, 2, 0, 0, 3, 1, 1, 2, 0, 3, 3]), unit(5, 4, seed=6)
+
+    def both(views, gather):
+        return (gather(v) for v in views)
+
+    def sc(views, p, y, gather):
+        return ltcl.sc_loss(torch.cat([*both(views, gather)]), torch.cat([y, y]))
+
+    def psc(views, p, y, gather):
+        return ltcl.psc_loss(torch.cat([*both(views, gather)]), torch.cat([y, y]), p)
+
+    def dscl(views, p, y, gather):
+        return ltcl.dscl_loss(*both(views, gather), y, queue, torch.arange(5))
+
+    def pbsd(views, p, y, gather):
+        q, k = views
+        return ltcl.pbsd_loss(q[:, None].roll(1, 2), q[:, None], torch.cat([gather(k).detach(), queue]))
+
+    return {loss.__name__: (Embedder(), loss, (x, y)) for loss in (sc, psc, dscl, pbsd)}
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    torch.multiprocessing.spawn(on_each_rank, (str(tmp_path),), 2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name, (net, loss, (x, y)) in gradient_cases().items():
+        loss(net(x).chunk(2, 1), net.prototypes, y, lambda t: t).backward()
+        for key, p in net.named_parameters():
+            assert name != "psc" or p.grad.abs().max() > 0
+            for rank in ranks:
+                torch.testing.assert_close(rank[name][key], p.grad, rtol=0, atol=1e-12)
+
+
+def test_the_batches_of_two_processes_are_those_of_one():
+    trainer, plans = tiny_trainer(method="sc"), []
+    for trainer.rank, trainer.ranks in ((0, 1), (0, 2), (1, 2)):
+        trainer.reseed(0)
+        plans.append(trainer.batches(8, 2).view(2, 2, -1))                  # [steps, branch, n]
+    assert torch.equal(plans[0], torch.cat(plans[1:], 2))
+    draws = []
+    for place in ((0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0), (0, 1, 0)):    # epoch, step, process
+        trainer.reseed(*place)
+        draws.append(torch.rand(1, generator=trainer.rng).item())
+    assert len(set(draws)) == 4 and draws[0] == draws[4]
+
+
+def two_processes(argv, script=None, **more):
+    """train.py as torchrun starts it, by hand so that one of the two can be killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    start = ["-c", script] if script else [str(HERE / "train.py")]
+    return [subprocess.Popen([sys.executable, *start, *map(str, argv)], env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more) for rank in (0, 1)]
+
+
+def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
+    argv = [*tiny, "--queue", "10", "--ema", "0.9", "--epochs", "3"]
+    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import torch, train\n"
+              "end = train.print_result\n"
+              f"train.print_result = lambda t, s: (torch.save(t.state_dict(), f'{tmp_path}/{{t.rank}}.pt'), end(t, s))\n"
+              "sys.exit(train.main(sys.argv[1:]))")
+    (out, err), (out1, err1) = [run.communicate(timeout=300) for run in two_processes([*argv, "--out", tmp_path / "run"], script)]
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert "epoch   3/3" in out and out1 == "", (err, err1)
+    assert all(states_equal(a[key], b[key]) for key in ("net", "queue", "queue_y", "queue_at", "optimizers", "evaluated"))
+    assert (a["queue_y"] >= 0).all() and a["ranks"] == 2 and a["epoch"] == 3
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "last.pt", "log.jsonl", "views.png"]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in log] == [1, 2, 3] and all(math.isfinite(r[name]) for r in log for name in ("loss", "loss_pbsd", "spread"))
+    runs = two_processes([*argv, "--batch-size", "7", "--out", tmp_path / "odd"])
+    errors = [run.communicate(timeout=300)[1].splitlines()[-1] for run in runs]
+    assert any("--batch-size 7" in error for error in errors) and all(run.returncode in (1, 2) for run in runs), errors
+
+
+def test_a_dead_process_ends_the_other(tiny, tmp_path):
+    runs = two_processes([*tiny, "--epochs", "100000", "--timeout", "30", "--out", tmp_path / "run"])
+    while "epoch   2" not in runs[0].stdout.readline():
+        assert runs[0].poll() is None
+    runs[1].kill()
+    out, err = runs[0].communicate(timeout=60)
+    assert runs[0].returncode == 1 and "another process of the run ended" in err.splitlines()[-1], err
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] >= 1
+    runs[1].communicate()
+
+
+def test_ctrl_c_stops_both_processes_after_the_same_step(tiny, tmp_path):
+    out = tmp_path / "run"
+    runs = two_processes([*tiny, "--epochs", "100000", "--timeout", "60", "--out", out])
+    while "epoch   2" not in runs[0].stdout.readline():
+        assert runs[0].poll() is None
+    runs[1].send_signal(signal.SIGTERM)                 # one of them alone
+    for run in runs:
+        run.communicate(timeout=60)
+        assert run.returncode == 128 + signal.SIGTERM
+    begun = torch.load(out / "last.pt", weights_only=True)["epoch"]
+    for run in two_processes(["--resume", "--out", out, "--timeout", "60"]):
+        while "epoch" in (line := run.stdout.readline()) and f"epoch {begun + 2:3}" not in line:
+            pass
+        run.kill()
+        run.communicate()
+
+
+# --- using what was trained --------------------------------------------------------------------------
+
+def write_picture(path, level=180, size=(50, 40), mode="RGB", **how):
+    from PIL import Image
+    pixels = np.full((size[1], size[0], 3), level, np.uint8) + np.random.RandomState(0).randint(30, size=(size[1], size[0], 1), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **how)
+    return str(path)
+
+
+def test_eval(a_run, tmp_path, capsys):
+    last = json.loads((a_run / "log.jsonl").read_text().splitlines()[-1])
+    for run in (a_run, a_run / "last.pt"):
+        capsys.readouterr()
+        assert train.main(["--eval", str(run), "--per-class", "--workers", "0"]) == 0
+        shown = capsys.readouterr().out
+        table = [line.split() for line in shown.splitlines()]
+        assert ["accuracy", "%", *(f"{last[name]:.2f}" for name in ("top1", "many", "medium", "few"))] in table
+        accuracies = [float(row[1]) for row in table[-3:]]
+        assert [row[0::2] for row in table[-3:]] == [["120", "dark"], ["60", "grey"], ["10", "bright"]]
+        assert sum(accuracies) / 3 == pytest.approx(last["balanced"], abs=0.01)
+    refused(capsys, tmp_path, ["--eval", tmp_path], "last.pt does not exist")
+    refused(capsys, tmp_path, ["--eval", a_run, "--lr", "1"], "--lr")
+    refused(capsys, tmp_path, ["--eval", a_run, "--dataset", tmp_path / "no.npz"], "no.npz")
+    refused(capsys, tmp_path, ["--per-class"], "--eval")
+
+
+def test_predict_takes_every_picture(a_run, tmp_path, capsys):
+    pictures = [write_picture(tmp_path / f"{i}.{ext}", mode=mode, **how) for i, (ext, mode, how) in enumerate((
+        ("png", "RGB", {}), ("jpg", "L", {}), ("png", "P", {}), ("png", "RGBA", {}), ("webp", "RGB", {}), ("png", "1", {}), ("gif", "P", {}),
+        ("jpg", "CMYK", {}), ("png", "RGB", dict(size=(3, 70))), ("png", "RGB", dict(size=(1, 1)))))]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert train.main(["--predict", str(a_run), *pictures[:3], str(tmp_path / "bad.png"), "missing.png", *pictures[3:]]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == pictures
+    assert [line.split(" ")[1] for line in shown.err.splitlines()] == [str(tmp_path / "bad.png"), "missing.png"]
+    for line in lines:
+        percents = [float(word) for word in line.split(": ")[1].split() if word[0].isdigit()]
+        assert len(percents) == 3 and sum(percents) == pytest.approx(100, abs=0.2) and percents == sorted(percents, reverse=True)
+    refused(capsys, tmp_path, ["--predict", a_run], "image files")
+    refused(capsys, tmp_path, ["--predict", a_run, pictures[0], "--seed", "1"], "--seed")
+    assert train.main(["--predict", str(a_run), str(tmp_path / "bad.png")]) == 2
+
+
+def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
+    from PIL import Image
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[:, :3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # taken with the camera on its side
+    Image.fromarray(pixels).save(tmp_path / "side.png", exif=exif)
+    x = ltcl.read_picture(tmp_path / "side.png")
+    assert x.shape == (3, 6, 4) and (x[:, :3] == 255).all() and (x[:, 3:] == 0).all()
+    alpha = np.dstack([pixels * 0, np.where(pixels[..., :1] == 255, 0, 255)]).astype(np.uint8)
+    Image.fromarray(alpha, "RGBA").save(tmp_path / "alpha.png")
+    x = ltcl.read_picture(tmp_path / "alpha.png")
+    assert (x[:, :, :3] == 255).all() and (x[:, :, 3:] == 0).all()
+    Image.fromarray((pixels[..., 0].astype(np.uint16) * 128)).save(tmp_path / "deep.png")
+    assert ltcl.read_picture(tmp_path / "deep.png").unique().tolist() == [0, 127]
+
+
+def test_load(a_run, tmp_path):
+    net = ltcl.load(a_run, device="cpu")
+    assert not net.training and net.class_names == ["dark", "grey", "bright"] and net.counts == [120, 60, 10]
+    path = write_picture(tmp_path / "a.png", level=100, size=(32, 32))
+    x = net.preprocess(path)
+    assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and 0.39 < x.min() < x.max() < 0.51
+    data = ltcl.load_dataset(str(a_run.parent / "tiny.npz"))
+    with torch.inference_mode():
+        right = (net(data.x_test / 255).argmax(1) == data.y_test).double().mean()
+    assert 100 * right == pytest.approx(json.loads((a_run / "log.jsonl").read_text().splitlines()[-1])["top1"])
+
+
+def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd):
+    write_tree(tmp_path / "data", n=(6, 4), modes=("RGB",))
+    argv = [*FOLDER, "--net", "resnet8", "--method", "ce", "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    assert train.main([str(a) for a in argv]) == 0
+    picture = sorted((tmp_path / "data" / "val").rglob("*.png"))[0]
+    assert train.main(["--eval", str(tmp_path / "run")]) == 0
+    assert train.main(["--predict", str(tmp_path / "run"), str(picture)]) == 0
+    net = ltcl.load(tmp_path / "run", "cpu")
+    x, _ = ltcl.ImageFiles([str(picture)], net.resize)[0]
+    torch.testing.assert_close(net.preprocess(picture), torchvision.transforms.functional.center_crop(x, 64) / 255)
+
+
+def test_quiet(tiny, tmp_path, capsys):
+    assert train.main([*tiny, "--quiet", "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert "epoch " not in shown.out and "accuracy %" in shown.out and shown.err == ""
+
+
+def test_report(a_run, tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "other"
+    assert train.main([*tiny, "--curriculum", "two-stage", "--stage2-epochs", "1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    if importlib.util.find_spec("matplotlib"):
+        assert train.main(["--report", str(out), str(a_run)]) == 0
+        assert str(out / "report.png") in capsys.readouterr().out and (out / "report.png").stat().st_size > 10000
+        refused(capsys, tmp_path, ["--report", out / "last.pt"], "folder")
+        (out / "log.jsonl").write_text("")
+        refused(capsys, tmp_path, ["--report", out], "no epoch")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(capsys, tmp_path, ["--report", out], "pip install matplotlib")
+
+
 # --- downloads, with torchvision's class stood in for ----------------------------------------
 
 class StandIn:
@@ -840,14 +1341,15 @@ def test_no_network(tmp_path, monkeypatch, capsys):
 # --- bad input: one line, status 2, nothing written ------------------------------------------
 
 def refused(capsys, folder, argv, *words):
-    before = sorted(folder.rglob("*"))
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     capsys.readouterr()
     status = train.main([str(a) for a in argv])
     lines = capsys.readouterr().err.splitlines()
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     for word in words:
         assert word in lines[0], lines[0]
-    assert sorted(folder.rglob("*")) == before
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    return lines[0]
 
 
 @pytest.mark.parametrize("flags, words", [

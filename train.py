@@ -1,16 +1,21 @@
 """Train a hybrid network on a long tail: python train.py --dataset cifar100 --imb 100 --method dscl"""
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 try:
     import torch
+    import torch.distributed as dist
     import torchvision
 
     import ltcl
@@ -68,10 +73,13 @@ class Config:
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
                        "auto: resized for image files", ["auto", "crop", "resized"])
     size: int = setting(224, "side of the views of image files in pixels", low=8)
+    save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
     device: str = setting("auto", "cuda, mps or cpu; auto: the first there is")
     compile: str = setting("off", "torch.compile the backbone", ["off", "on"])
+    batchnorm: str = setting("local", "with several GPUs: statistics of each one's images, or of all", ["local", "sync"])
+    timeout: float = setting(600.0, "seconds to wait for another process of the same run", low=TINY, high=1e6)
     amp: str = setting("auto", "mixed precision; auto: on CUDA alone", ["auto", "off", "bf16", "fp16"])
 
     def __post_init__(self):
@@ -124,9 +132,16 @@ class Parser(argparse.ArgumentParser):
         raise ltcl.InputError(f"{message}; python train.py --help lists the flags")
 
 
-def read_config(argv):
-    """The command line as a Config: a field is a flag; what isn't given is the data set's preset."""
+def read_arguments(argv):
+    """What is to be done, and the settings that are given on the command line, {field: value}."""
     parser = Parser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    do = parser.add_argument_group("instead of training a new run")
+    do.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved last")
+    do.add_argument("--eval", metavar="RUN", help="accuracy of a trained run: its folder or a .pt file")
+    do.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
+    do.add_argument("--report", metavar="RUN", nargs="+", help="draw losses and accuracy of runs side by side (needs matplotlib)")
+    parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
         presets = [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items()
                    if f.name in preset and isinstance(name, str)]
@@ -134,7 +149,100 @@ def read_config(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
-    return Config.of(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    names = {f.name for f in fields(Config)}
+    do = argparse.Namespace(**dict.fromkeys(("resume", "eval", "predict", "report", "per_class", "quiet"))
+                            | {key: value for key, value in given.items() if key not in names})
+    actions = [name for name in ("resume", "eval", "predict", "report") if getattr(do, name)]
+    ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
+    ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
+    return do, {key: value for key, value in given.items() if key in names}
+
+
+# --- going on with a run -----------------------------------------------------------------------
+
+NO_MATTER = {"out", "data", "train_list", "test_list", "workers", "save_every", "eval_every", "timeout"}
+ROUNDING = {"device", "compile", "amp", "batchnorm"}    # the run goes on, with other last digits
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def saved_config(saved, run):
+    try:
+        return Config(**saved)
+    except (TypeError, ltcl.InputError) as error:
+        raise ltcl.InputError(f"{run}: its settings are not this program's ({error}): use the version that made it") from None
+
+
+def same_so_far(old, new, epochs):
+    """Have the epochs done the same learning rate and contrast weight under both settings?"""
+    times = [epoch + part / 100 for epoch in range(epochs) for part in range(1, 101)]
+    return all(ltcl.learning_rate(t, old) == ltcl.learning_rate(t, new) for t in times) and (old.method == "ce" or all(
+        ltcl.contrast_weight(e, old.epochs, old.curriculum) == ltcl.contrast_weight(e, new.epochs, new.curriculum)
+        for e in range(epochs)))
+
+
+def resumed(given):
+    """The settings of the run in --out with those that are given anew, and its saved state, None where nothing
+    was saved yet. Raises InputError for a setting that would make it another run."""
+    ltcl.require(given.get("out"), "--resume needs --out, the folder of the run")
+    out = Path(given["out"])
+    if not (out / "last.pt").exists():
+        try:
+            saved = json.loads((out / "config.json").read_text())
+        except FileNotFoundError:
+            saved = {}
+        except ValueError:
+            raise ltcl.InputError(f"{out / 'config.json'} is damaged: remove the folder and start anew") from None
+        print(f"nothing is saved in {out} yet: starts from the beginning", file=sys.stderr)
+        return (replace(saved_config(saved, out), **given) if saved else Config.of(**given)), None
+    state = ltcl.read_checkpoint(out)
+    old = saved_config(state["config"], out)
+    new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
+    for f in fields(Config):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if a == b or f.name in NO_MATTER:
+            continue
+        if f.name in ("epochs", "stage2_epochs"):
+            ltcl.require(same_so_far(old, new, began), f"{flag(f.name)} {b}: of {a} epochs {began} are done, and with {b} they "
+                         "would have had another learning rate or contrast weight: start a new run")
+        else:
+            ltcl.require(f.name in ROUNDING, f"{flag(f.name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
+                         "or start a new run in another folder")
+        print(f"note: {flag(f.name)} goes from {a} to {b}", file=sys.stderr)
+    return new, state
+
+
+class Stopped(Exception):
+    """By a signal, its number and the run's folder the arguments; everything is saved."""
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that will hold the signal, Ctrl-C or SIGTERM, that asks to stop. A second one isn't asking."""
+    met = []
+
+    def ask(number, _):
+        met.append(number)
+        for n in before:
+            signal.signal(n, signal.SIG_DFL)
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield met
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def asked_to_stop(met):
+    """The signal that this or any other process of the run has met, or 0: all stop after the same step."""
+    number = torch.tensor(met[0] if met else 0)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)      # between the hosts: no device waits
+    return int(number)
 
 
 # --- a run and its files -----------------------------------------------------------------------
@@ -144,11 +252,20 @@ def run_folder(config):
     if config.out:
         out = Path(config.out)
         ltcl.require(not any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")),
-                     f"--out {out} already holds a run: name another folder")
+                     f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
         ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a folder")
         return out
     name = f"{Path(config.dataset).stem}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
     return next(out for n in range(1, 10 ** 6) if not (out := Path("runs") / f"{name}-{n}").exists())
+
+
+def read_log(out):
+    """The epochs in a run's log.jsonl; a last line that was never finished doesn't count."""
+    records = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (out / "log.jsonl").read_text().splitlines():
+            records.append(json.loads(line))
+    return records
 
 
 def live(text):
@@ -163,7 +280,7 @@ def small(x):
 
 def save_views(trainer, path, columns=20, rows=8):
     """A picture of the long tail: the classes from head to tail, each a pile of training images as
-    high as the class is large, and below it two views of one image."""
+    high as the class is large, and below it two views of one image, the boxes of its patches in the first."""
     order = trainer.counts.argsort(descending=True, stable=True)
     order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()].tolist()
     found = [(trainer.y == c).nonzero()[:rows, 0] for c in order]
@@ -173,92 +290,307 @@ def save_views(trainer, path, columns=20, rows=8):
     first, rng = torch.stack([x[0] for x in images]), torch.Generator().manual_seed(0)
     query, key, _, _ = trainer.augmentation
     views = [small(view(first, rng, trainer.size)) for view in (query, key)]     # [columns,3,64,64] each
+    if trainer.config.pbsd:
+        boxes = ltcl.random_boxes(len(first), trainer.config.patches, 64, 64, rng, side_scale=trainer.config.box_scale == "side")
+        views[0] = torch.stack([torchvision.utils.draw_bounding_boxes(*pair, colors="yellow") for pair in zip(views[0], boxes)])
     images = [small(x / 255) for x in images]
     white = torch.ones(3, 64, 64)
     pile = [x[h - r] if 0 <= h - r < len(x) else white for r in range(rows, 0, -1) for x, h in zip(images, height)]
     grid = torch.cat([torch.stack(pile + [white] * len(order)), *views])
-    torchvision.utils.save_image(grid, path, format="png", nrow=len(order), padding=4, pad_value=1)
+    content = io.BytesIO()
+    torchvision.utils.save_image(grid, content, format="png", nrow=len(order), padding=4, pad_value=1)
+    ltcl.write_whole(path, content.getbuffer())
 
 
 EPOCH = dict.fromkeys(("epoch", "loss", "loss_contrast", "loss_pbsd", "loss_ce", "contrast_weight", "lr", "cos_positive",
                        "cos_negative", "spread", "top1", "balanced", "many", "medium", "few", "seconds"))
+SAVE_SECONDS = 600                                      # an epoch that takes longer is saved on the way
 
 
-def train(config):
-    """Train one run: config.json, log.jsonl (an object an epoch) and last.pt go to its folder.
-    Returns the last epoch's record and the trainer."""
-    out = run_folder(config)
-    trainer = ltcl.Trainer(config, ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list,
-                                                      config.size))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
-    ltcl.write_whole(out / "config.json", lambda p: p.write_text(json.dumps(asdict(config) | dict(out=str(out)), indent=1)))
-    ltcl.write_whole(out / "views.png", lambda p: save_views(trainer, p))
-    print(f"{len(trainer.y)} training images in {len(trainer.counts)} classes of {trainer.counts.max()} to "
-          f"{trainer.counts.min()}, {len(trainer.y_test)} test images; on {trainer.device}; into {out}", flush=True)
-    start = time.time()
+def make_trainer(config, state=None):
+    """The trainer with its data, in the state where there is one."""
+    chief = not dist.is_initialized() or dist.get_rank() == 0
+    if not chief:                                       # the first process may have to download
+        dist.all_reduce(torch.zeros(1))
+    data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.size)
+    if chief and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+    trainer = ltcl.Trainer(config, data)
+    if state:
+        trainer.load_state_dict(state)
+    return trainer
 
-    def left(done):                                     # epochs done, fractions counted
-        return f"{(time.time() - start) / max(done, 1e-3) * (trainer.epochs - done) / 60:.1f} min left"
 
-    while trainer.epoch < trainer.epochs:
-        began, epoch = time.time(), trainer.epoch
-        head = f"epoch {epoch + 1:3}/{trainer.epochs}"
-        record = EPOCH | trainer.train_epoch(lambda i, n: live(f"{head}  step {i + 1}/{n}  {left(epoch + i / n)}"))
-        due = trainer.epoch % config.eval_every == 0 or trainer.epoch == trainer.epochs
-        record |= trainer.evaluate() if due and record["loss_ce"] is not None else {}
-        record |= dict(epoch=trainer.epoch, seconds=round(time.time() - began, 3))
-        ltcl.write_whole(out / "last.pt", lambda p: torch.save(trainer.state_dict(), p))
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
+class Run:
+    """A trainer and its folder: config.json, log.jsonl (an object an epoch), views.png and last.pt.
+
+    config, out: the settings and the folder.  state: what last.pt held, to go on from there.
+    """
+
+    def __init__(self, config, out, state=None):
+        self.out, config = out, replace(config, out=str(out))
+        print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
+        t = self.trainer = make_trainer(config, state)
+        self.chief, self.records = t.rank == 0, []
+        self.start = self.saved = self.shown = time.time()
+        self.begun = t.epoch + bool(t.history) / 2      # about where the clock starts
+        if self.chief:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
+            self.records = [r for r in read_log(out) if r["epoch"] <= t.epoch]
+            ltcl.write_whole(out / "config.json", json.dumps(asdict(config), indent=1).encode())
+            self.write_log()
+            if not state:
+                save_views(t, out / "views.png")
+        print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
+              f"{len(t.y_test)} test images; on {t.device}; into {out}", flush=True)
+
+    def write_log(self):
+        ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode())
+
+    def save(self):
+        self.saved = time.time()
+        if self.chief:
+            content = io.BytesIO()
+            torch.save(self.trainer.state_dict(), content)
+            ltcl.write_whole(self.out / "last.pt", content.getbuffer())
+
+    def left(self, done):                               # epochs done, fractions counted
+        t = self.trainer
+        return f"{(time.time() - self.start) / max(done - self.begun, 1e-3) * (t.epochs - done) / 60:.1f} min left"
+
+    def between_steps(self, step, steps):
+        t, number = self.trainer, asked_to_stop(self.signals)
+        if number or time.time() - self.saved > SAVE_SECONDS:
+            t.check()
+            self.save()
+        if number:
+            raise Stopped(number, self.out)
+        if time.time() - self.shown > 1:                # to read the loss is to wait for the device: once a second
+            self.shown = time.time()
+            speed = (step - self.first) * t.config.batch_size / (self.shown - self.began)
+            live(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  loss {t.history[-1][0].item():6.3f}  "
+                 f"{speed:,.0f} images/s  {self.left(t.epoch + step / steps)}")
+
+    def epoch(self):
+        """Train one, evaluate, log, save."""
+        t, c = self.trainer, self.trainer.config
+        self.began, self.first = time.time(), len(t.history)
+        record = EPOCH | t.train_epoch(self.between_steps)
+        speed = len(t.y) / (time.time() - self.began)
+        due = t.epoch % c.eval_every == 0 or t.epoch == t.epochs
+        if due and record["loss_ce"] is not None:
+            record |= {name: value for name, value in t.evaluate().items() if name in EPOCH}
+        record |= dict(epoch=t.epoch, seconds=round(time.time() - self.began, 3))
+        self.records.append(record)
+        number = asked_to_stop(self.signals)
+        if self.chief:
+            self.write_log()                            # before last.pt: what is in it twice is trained again
+        if number or t.epoch % c.save_every == 0 or t.epoch == t.epochs:
+            self.save()
         top1 = ("no classifier yet" if record["loss_ce"] is None else "not evaluated" if record["top1"] is None
                 else f"top-1 {record['top1']:5.2f} %")
         live("")
-        print(f"{head}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
-              f"lr {record['lr']:.4f}  {top1}  {record['seconds']:5.1f} s  {left(trainer.epoch)}", flush=True)
-    print_result(config, record, trainer, out, time.time() - start)
-    return record, trainer
+        print(f"epoch {t.epoch:3}/{t.epochs}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
+              f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  {self.left(t.epoch)}", flush=True)
+        if number and t.epoch < t.epochs:
+            raise Stopped(number, self.out)
+
+    def train(self):
+        """To the last epoch. Raises Stopped."""
+        with stop_signals() as self.signals:
+            while self.trainer.epoch < self.trainer.epochs:
+                self.epoch()
 
 
-def print_result(config, record, trainer, out, seconds):
-    C, masks = len(trainer.counts), ltcl.shot_groups(trainer.counts)
+def train(config):
+    """Train a new run. Returns the last epoch's record and the trainer."""
+    run = Run(config, run_folder(config))
+    run.train()
+    return run.records[-1], run.trainer
+
+
+def print_table(title, accuracy, counts):
+    """Accuracy of all classes and of each shot group."""
+    C, masks = len(counts), ltcl.shot_groups(counts)
     classes = {"top1": C} | {name: int(mask.sum()) for name, mask in masks.items()}
-    print(f"\n{config.method} on {config.dataset}, imbalance {config.imb:g}, {config.net}, seed {config.seed}: "
-          f"{trainer.epochs} epochs in {seconds:.0f} s on {trainer.device}, last epoch's accuracy\n")
-    for title, cells in (("", ["top-1", *masks]), ("classes", classes.values()),
-                         ("accuracy %", [f"{record[name]:.2f}" if n else "n/a" for name, n in classes.items()]),
-                         ("chance %", [f"{100 / C:.2f}" if n else "n/a" for n in classes.values()])):
-        print(f"  {title:12}" + "".join(f"{cell:>9}" for cell in cells))
-    if config.dataset == "shapes":
-        again = "--method ce" if config.method != "ce" else "--dataset cifar100 --imb 100 --method dscl"
+    print(f"\n{title}\n")
+    for head, cells in (("", ["top-1", *masks]), ("classes", classes.values()),
+                        ("accuracy %", [f"{accuracy[name]:.2f}" if n else "n/a" for name, n in classes.items()]),
+                        ("chance %", [f"{100 / C:.2f}" if n else "n/a" for n in classes.values()])):
+        print(f"  {head:12}" + "".join(f"{cell:>9}" for cell in cells))
+
+
+def print_result(trainer, seconds):
+    c = trainer.config
+    print_table(f"{c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}: {trainer.epochs} epochs in "
+                f"{seconds:.0f} s on {trainer.device}, last epoch's accuracy", trainer.evaluated, trainer.counts)
+    if c.dataset == "shapes":
+        again = "--method ce" if c.method != "ce" else "--dataset cifar100 --imb 100 --method dscl"
     else:
-        again = f"--dataset {config.dataset} --data {config.data} --imb {config.imb:g} --net {config.net} --method "
-        again += "ce" if config.method != "ce" else "dscl"
-    print(f"\nSaved in {out}. To try next: python train.py {again}")
+        again = f"--dataset {c.dataset} --data {c.data} --imb {c.imb:g} --net {c.net} --method "
+        again += "ce" if c.method != "ce" else "dscl"
+    print(f"\nSaved in {c.out}. To try next: python train.py {again}")
+
+
+# --- using what was trained --------------------------------------------------------------------
+
+def check_useful(given, flags, action):
+    useless = sorted(set(given) - flags)
+    ltcl.require(not useless, f"{flag(*useless[:1] or [''])} has no meaning with {action}: leave it out")
+
+
+def evaluate(run, given, per_class):
+    """Print the accuracy of a trained run on its test set."""
+    state = ltcl.read_checkpoint(run)
+    check_useful(given, {"dataset", "data", "train_list", "test_list", "workers", "device", "amp"}, "--eval")
+    trainer = make_trainer(replace(saved_config(state["config"], run), **given), state)
+    accuracy, c = trainer.evaluate(), trainer.config
+    print_table(f"{run}: {c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}, after {trainer.epoch} of "
+                f"{trainer.epochs} epochs", accuracy, trainer.counts)
+    if per_class:
+        print(f"\n  {'training images':>15}  accuracy %  class")
+        for i in trainer.counts.argsort(descending=True, stable=True).tolist():
+            print(f"  {trainer.counts[i]:15}  {accuracy['by_class'][i]:10.2f}  {trainer.class_names[i]}")
+
+
+@torch.inference_mode()
+def predict(run, pictures, given):
+    """Print the five likeliest classes of each picture file."""
+    check_useful(given, {"device"}, "--predict")
+    ltcl.require(pictures, "--predict takes a run and the image files: name one or more")
+    net, readable = ltcl.load(run, given.get("device", "auto")), 0
+    for path in pictures:
+        try:
+            x = net.preprocess(path)                    # [3,H,W]
+        except Exception:  # whatever PIL raises
+            print(f"warning: {path} is not a readable image: skipped", file=sys.stderr)
+            continue
+        readable += 1
+        likely, classes = net(x[None].to(net.mean.device))[0].softmax(0).topk(min(5, len(net.class_names)))
+        print(f"{path}: " + ", ".join(f"{net.class_names[c]} {100 * p:.1f} %" for p, c in zip(likely, classes)))
+    ltcl.require(readable, f"none of {len(pictures)} files is a readable image")
+
+
+def report(runs):
+    """Draw the runs side by side into report.png in the first one's folder: losses and contrast weight over
+    the epochs, and accuracy by class in order of frequency."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        raise ltcl.InputError("--report needs matplotlib: pip install matplotlib") from None
+    figure, (losses, tops, classes) = plt.subplots(3, len(runs), figsize=(1.5 + 4.5 * len(runs), 9), squeeze=False,
+                                                   sharey="row", layout="constrained")
+    for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
+        ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
+        log, state = read_log(run), ltcl.read_checkpoint(run)
+        ltcl.require(log, f"{run / 'log.jsonl'} holds no epoch: train the run first")
+        c = state["config"]
+
+        def curve(axes, name, label, **style):
+            points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), label=label, **style)
+
+        for name, label in (("loss", "loss"), ("loss_contrast", "contrast"), ("loss_pbsd", "PBSD"), ("loss_ce", "cross-entropy")):
+            curve(loss, name, label, linewidth=2.5 if name == "loss" else 1.2)
+        curve(loss, "contrast_weight", "contrast weight", color="grey", linestyle="--")
+        loss.set(title=f"{c['method']}, seed {c['seed']}\n{run.name}", xlabel="epoch")
+        loss.legend(fontsize=8)
+        for name, label in (("top1", "all"), ("many", "many"), ("medium", "medium"), ("few", "few")):
+            curve(top, name, label, linewidth=2.5 if name == "top1" else 1.2)
+        top.set(xlabel="epoch", ylim=(0, 100))
+        top.legend(fontsize=8)
+        counts, accuracy = torch.tensor(state["counts"]), state["evaluated"].get("by_class")
+        if accuracy:
+            order = counts.argsort(descending=True, stable=True)
+            by_class.bar(range(len(order)), torch.tensor(accuracy)[order].tolist(), width=1, alpha=0.6)
+        by_class.set(xlabel=f"classes, from {counts.max()} training images to {counts.min()}", ylim=(0, 100))
+    losses[0].set_ylabel("training loss")
+    tops[0].set_ylabel("test accuracy, %")
+    classes[0].set_ylabel("accuracy of the class, %")
+    content, path = io.BytesIO(), Path(runs[0]) / "report.png"
+    figure.savefig(content, dpi=100)
+    plt.close(figure)
+    ltcl.write_whole(path, content.getbuffer())
+    print(f"drawn in {path}")
+
+
+# --- main --------------------------------------------------------------------------------------
+
+class Lost(Exception):
+    """Another process of the run is gone."""
+
+
+@contextlib.contextmanager
+def processes(config):
+    """Connect with the other processes of the run where torchrun started several; the first one alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        ltcl.require(local < torch.cuda.device_count(), f"process {local} has no GPU of its own, there are "
+                     f"{torch.cuda.device_count()}: lower --nproc_per_node, or take --device cpu")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere) if dist.get_rank() else contextlib.nullcontext():
+                yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection" not in str(error):
+            raise
+        raise Lost(f"another process of the run ended, or didn't answer within --timeout {config.timeout:g} s "
+                   f"({str(error).splitlines()[0]}): start all again, with --resume --out RUN") from None
+    dist.destroy_process_group()
+
+
+def train_or_resume(do, given):
+    config, state = resumed(given) if do.resume else (Config.of(**given), None)
+    with processes(config):
+        start, chief = time.time(), not dist.is_initialized() or dist.get_rank() == 0
+        out = Path(config.out) if do.resume or not chief else run_folder(config)
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
+                run = Run(config, out, state)
+                run.train()
+        print_result(run.trainer, time.time() - start)
 
 
 def main(argv=None):
     try:
-        config = read_config(argv)
-        print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
-        train(config)
-    except (ltcl.InputError, OSError) as error:
-        live("")
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "allocate" not in str(error):                # torch's words for too little memory, on every device
-            raise
-        live("")
-        print(f"error: too little memory (--device {config.device}): take a smaller --batch-size or --queue", file=sys.stderr)
-        return 2
+        do, given = read_arguments(argv)
+        if do.eval:
+            evaluate(do.eval, given, do.per_class)
+        elif do.predict:
+            predict(do.predict[0], do.predict[1:], given)
+        elif do.report:
+            report(do.report)
+        else:
+            train_or_resume(do, given)
+        return 0
+    except Stopped as stopped:
+        number, out = stopped.args
+        message, status = f"stopped, all is saved; to go on: python train.py --resume --out {out}", 128 + number
     except KeyboardInterrupt:
-        live("")
-        print("stopped: last.pt keeps the last whole epoch", file=sys.stderr)
-        return 130
-    return 0
+        message, status = "stopped before training", 130
+    except (ltcl.InputError, OSError) as error:
+        message, status = f"error: {error}", 2
+    except Lost as lost:
+        message, status = f"error: {lost}", 1
+    except RuntimeError as error:
+        if "allocate" not in str(error) and "out of memory" not in str(error):  # torch's words for too little memory
+            raise
+        message, status = "error: too little memory: take a smaller --batch-size or --queue", 2
+    live("")
+    print(message, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
