@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -780,10 +779,26 @@ def pick_amp(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all processes, in their order. A row's gradient is the sum of those it gets in all of them:
+    where each process has the loss over all rows, DistributedDataParallel's mean is a single process's gradient."""
+
+    @staticmethod
+    def forward(ctx, t, dim):
+        ctx.dim, parts = dim, [torch.empty_like(t) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, t)
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size(), ctx.dim)[dist.get_rank()], None
+
+
 def gather(t, dim=0):
-    """The rows of all processes, with their gradients; with DistributedDataParallel's mean over processes a
-    loss over them has the gradient of a single process. t itself where there is one alone."""
-    return torch.cat(dist_nn.all_gather(t.contiguous()), dim) if dist.is_initialized() else t
+    """t of all processes, one after the other, with gradient; t itself where there is one alone."""
+    return Gather.apply(t.contiguous(), dim) if dist.is_initialized() else t
 
 
 def leave_signals_to_the_trainer(_):

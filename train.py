@@ -226,8 +226,9 @@ def stop_signals():
 
     def ask(number, _):
         met.append(number)
-        for n in before:
-            signal.signal(n, signal.SIG_DFL)
+        if not dist.is_initialized():                   # torchrun passes on what the terminal has sent already
+            for n in before:
+                signal.signal(n, signal.SIG_DFL)
 
     before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -510,6 +511,8 @@ def report(runs):
             order = counts.argsort(descending=True, stable=True)
             by_class.bar(range(len(order)), torch.tensor(accuracy)[order].tolist(), width=1, alpha=0.6)
         by_class.set(xlabel=f"classes, from {counts.max()} training images to {counts.min()}", ylim=(0, 100))
+    for axes in figure.axes:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     losses[0].set_ylabel("training loss")
     tops[0].set_ylabel("test accuracy, %")
     classes[0].set_ylabel("accuracy of the class, %")
