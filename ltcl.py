@@ -95,6 +95,23 @@ class Dataset:
     class_names: list      # C strings
 
 
+def hold_out(data, share):
+    """The data with a share of each training class as its test set: to choose settings by, so that the real
+    test set stays unseen. Raises InputError where a class has too few images."""
+    rng, y = np.random.RandomState(0), data.y_train.numpy()
+    rows = [rng.permutation(np.flatnonzero(y == c)) for c in range(len(data.class_names))]
+    n = [math.ceil(share * len(r)) for r in rows]
+    short = next((c for c, r in enumerate(rows) if n[c] >= len(r)), None)
+    require(short is None, f"--holdout {share:g} leaves class {short} no training image: it needs two or more of each class")
+    test, kept = (torch.from_numpy(np.sort(np.concatenate(part))) for part in (
+        [r[:k] for r, k in zip(rows, n)], [r[k:] for r, k in zip(rows, n)]))
+    return Dataset(take(data.x_train, kept), data.y_train[kept], take(data.x_train, test), data.y_train[test], data.class_names)
+
+
+def take(x, rows):
+    return x[rows] if isinstance(x, torch.Tensor) else x.subset(rows)
+
+
 FILE_SETS = "folder", "imagenet_lt", "inat18"
 
 
@@ -410,21 +427,52 @@ def random_grayscale(x, rng, p=0.2):
     return torch.lerp(x, luma, chosen.to(x.dtype))          # twice as fast as torch.where
 
 
+def recolour(x, brightness, contrast, saturation, hue, grey=0):
+    """Change the colours of float images [B,3,H,W] in 0..1. Brightness, contrast and saturation are
+    [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
+    turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
+    b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
+    luma = x.new_tensor(LUMA).expand(3, 3)              # [3,3] colour -> its grey
+    turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
+    turned = hue.cos() * eye + hue.sin() * turn + (1 - hue.cos()) / 3           # [B,3,3]
+    colour = (1 + b) * (1 + c) * turned @ ((1 + s) * eye - s * luma)            # [B,3,3]
+    colour = torch.lerp(colour, luma @ colour, grey)                            # [B,3,3]
+    shift = -c * (1 + b) * (luma[:1] @ x.mean((2, 3))[:, :, None])              # [B,1,1] of contrast
+    return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp_(0, 1)
+
+
 def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
     """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p, and
-    no colour with probability grey: float [B,3,H,W] in 0..1 -> same. All are linear (hue turns the
-    colours about the grey axis), so that an image needs one 3x4 matrix."""
-    eye = torch.eye(3, device=x.device)
-    luma = x.new_tensor(LUMA).expand(3, 3)       # [3,3] colour -> its grey
-    turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
+    no colour with probability grey: float [B,3,H,W] in 0..1 -> same."""
     draws = torch.rand(6, len(x), 1, 1, generator=rng, device=x.device)
     b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p)       # [B,1,1] each
-    angle = 2 * math.pi * h
-    hue = angle.cos() * eye + angle.sin() * turn + (1 - angle.cos()) / 3                # [B,3,3]
-    colour = (1 + b) * (1 + c) * hue @ ((1 + s) * eye - s * luma)                       # [B,3,3]
-    colour = torch.where(draws[5] < grey, luma @ colour, colour)                        # [B,3,3]
-    shift = -c * (1 + b) * (luma[:1] @ x.mean((2, 3))[:, :, None])                      # [B,1,1] of contrast
-    return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp_(0, 1)
+    return recolour(x, b, c, s, 2 * math.pi * h, (draws[5] < grey).to(x.dtype))
+
+
+def random_change(x, rng):
+    """One change an image, drawn from ten and none, of random strength, as in TrivialAugment (Mueller and
+    Hutter, ICCV 2021): float [B,3,H,W] in 0..1 -> same."""
+    kind = torch.randint(11, (len(x), 1, 1), generator=rng, device=x.device)
+    strength = 2 * torch.rand(len(x), 1, 1, generator=rng, device=x.device) - 1
+    turn, shear_x, shear_y, shift_x, shift_y, brightness, contrast, saturation, solarize, posterize = (
+        strength * (kind == i) for i in range(10))      # [B,1,1] each, in -1..1
+    angle = turn * math.pi / 6                          # up to 30 degrees; shear and shift up to 0.3 of the side
+    affine = torch.cat([torch.cat([angle.cos(), 0.3 * shear_x - angle.sin(), 0.6 * shift_x], 2),
+                        torch.cat([0.3 * shear_y + angle.sin(), angle.cos(), 0.6 * shift_y], 2)], 1)    # [B,2,3]
+    x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), align_corners=False)
+    x = recolour(x, *(0.9 * change for change in (brightness, contrast, saturation)), 0 * strength)
+    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # the bright half of its range upside down
+    levels = 2 ** (8 - 4 * posterize.abs()[..., None])                          # [B,1,1,1] of 256, down to 16
+    return torch.where(posterize[..., None] != 0, (x * levels).floor() / levels, x)
+
+
+def random_cutout(x, rng):
+    """A grey square of half the side, its centre anywhere (DeVries and Taylor 2017): float [B,3,H,W] -> same."""
+    B, _, H, W = x.shape
+    u, v = torch.rand(2, B, 1, generator=rng, device=x.device)                  # [B,1] each
+    rows = (torch.arange(H, device=x.device) - H * u).abs() < H / 4             # [B,H]
+    columns = (torch.arange(W, device=x.device) - W * v).abs() < W / 4          # [B,W]
+    return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.5)
 
 
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
@@ -465,6 +513,14 @@ def key_view(x, rng, size):
     return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1, grey=0)
 
 
+def strong_view(x, rng, size=None):                     # the classifier's, as strong as in the records' recipe
+    return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
+
+
+def colour_view(x, rng, size):                          # the contrastive ones beside it
+    return random_jitter(resized_view(x, rng, size), rng)
+
+
 def patch_view(x, rng):
     return random_blur(random_jitter(random_flip(x, rng), rng), rng)
 
@@ -472,6 +528,7 @@ def patch_view(x, rng):
 AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to a patch
     "crop": (crop_view, crop_view, crop_view, crop_patch_view),
     "resized": (query_view, key_view, resized_view, patch_view),
+    "strong": (colour_view, colour_view, strong_view, patch_view),
 }
 
 
@@ -521,15 +578,24 @@ def backbone(name):
     return layers[:-n], layers[-n:], 64
 
 
+class CosineLinear(nn.Linear):
+    """Logits from the angle alone: a class's weight vector can't grow with its size (Gidaris and
+    Komodakis, CVPR 2018). scale makes up for cosines ending at 1."""
+    scale = 30
+
+    def forward(self, x):
+        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+
 class Expert(nn.Module):
     """The backbone's last stage with both heads [H]. Several of them are [D]'s ensemble."""
 
-    def __init__(self, last, width, num_classes, dim, hidden):
+    def __init__(self, last, width, num_classes, dim, hidden, cosine):
         super().__init__()
         self.last = nn.Sequential(*last)
         self.head = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
                                   nn.Linear(hidden, dim))
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = CosineLinear(width, num_classes, bias=False) if cosine else nn.Linear(width, num_classes)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes, dim), dim=1))  # PSC's, [C,D]
 
 
@@ -541,12 +607,12 @@ class Hybrid(nn.Module):
     amp: the dtype in which the backbone alone computes; None is float32.
     """
 
-    def __init__(self, net, num_classes, mean, std, experts=1, dim=128, hidden=512, amp=None):
+    def __init__(self, net, num_classes, mean, std, experts=1, cosine=False, dim=128, hidden=512, amp=None):
         super().__init__()
         early, last, width = backbone(net)
         self.early = nn.Sequential(*early)              # shared by the experts; each has a last stage of its own
         lasts = [last] + [backbone(net)[1] for _ in range(experts - 1)]
-        self.experts = nn.ModuleList(Expert(last, width, num_classes, dim, hidden) for last in lasts)
+        self.experts = nn.ModuleList(Expert(last, width, num_classes, dim, hidden, cosine) for last in lasts)
         self.dim = dim
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
@@ -573,7 +639,7 @@ class Hybrid(nn.Module):
 
     def preprocess(self, path):
         """A picture file as this network takes it, float [3,H,W] in 0..1; see load(). Raises what PIL raises."""
-        return center_crop(resize(read_picture(path), self.resize), self.crop) / 255
+        return center_crop(resize(read_picture(path), self.resize), self.size) / 255
 
 
 @contextlib.contextmanager
@@ -841,6 +907,7 @@ class Trainer:
         self.epoch = 0                                  # epochs done, of
         self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)
         self.device = pick_device(c.device)
+        data = hold_out(data, c.holdout) if c.holdout else data
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
@@ -848,8 +915,9 @@ class Trainer:
             print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice",
                   file=sys.stderr)
         in_memory, self.unreadable = isinstance(data.x_train, torch.Tensor), {}    # files to paths met
-        self.x = data.x_train[kept].to(self.device) if in_memory else data.x_train.subset(kept)
-        self.x_test = data.x_test.to(self.device) if in_memory else data.x_test
+        self.x, self.x_test = take(data.x_train, kept), data.x_test
+        if in_memory:
+            self.x, self.x_test = self.x.to(self.device), self.x_test.to(self.device)
         self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
         self.aug = {"auto": "crop" if in_memory else "resized"}.get(c.aug, c.aug)
         self.augmentation = AUGMENTATIONS[self.aug]
@@ -857,19 +925,20 @@ class Trainer:
         self.class_size = self.counts.float().to(self.device)                                   # [C]
         sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
-        self.size = min(pixels.shape[2:]) if in_memory else c.size            # of a view's side
-        # what a picture of any size goes through to be evaluated: resized, its middle cut out
-        self.resize, self.crop = (max(pixels.shape[2:]), list(pixels.shape[2:])) if in_memory else (self.x.side, [c.size] * 2)
+        # a picture of any size is resized and its middle cut out to be evaluated; views have that size too
+        self.size = [c.size] * 2 if self.aug == "resized" and not in_memory else list(pixels.shape[2:])
+        self.resize = max(pixels.shape[2:])
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         amp = pick_amp(c.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.manual_seed(c.seed)
-            net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, amp=amp)
+            net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, c.logits == "cosine", amp=amp)
         if c.batchnorm == "sync":
             require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
+        self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
         if c.compile == "on":
             self.net.maps = torch.compile(self.net.maps, dynamic=False)
         self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
@@ -917,7 +986,7 @@ class Trainer:
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
         c, (N, _, H, W) = self.config, view.shape
         # 64 of 224 pixels [D, settings]; small images need more to show anything
-        side = c.patch_size or (H // 2 if self.aug == "crop" else H * 2 // 7)
+        side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]
         with running_statistics_at_rest(self.net):
@@ -1014,15 +1083,17 @@ class Trainer:
         if keys is not None:
             self.remember(*keys)                        # after backward, which still reads the queue
         if self.keys and self.weight:
-            self.follow()
+            self.follow(self.keys, self.config.ema)
+        if self.averaged:
+            self.follow(self.averaged, self.config.average)
         return {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
-    def follow(self):
-        """The momentum encoder's parameters and buffers take a step towards the trained network's."""
-        pairs = zip(self.keys.state_dict().values(), self.net.state_dict().values())
+    def follow(self, slow, decay):
+        """The parameters and buffers of a slow copy take a step towards the trained network's."""
+        pairs = zip(slow.state_dict().values(), self.net.state_dict().values())
         slow, fast = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-        get_ema_multi_avg_fn(self.config.ema)(slow, fast, None)
+        get_ema_multi_avg_fn(decay)(slow, fast, None)
 
     def reseed(self, *place):
         """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
@@ -1072,13 +1143,13 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
-        self.net.eval()
+        net = self.averaged or self.net.eval()
         plan = torch.arange(len(self.y_test)).split(500)[self.rank::self.ranks]
         predicted, y = [self.y_test[:0]], [self.y_test[:0]]
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            x = x if self.aug == "crop" else center_crop(x, self.size)    # [500,3,H,W]
+            x = center_crop(x, self.size)               # [500,3,H,W]
             known = (rows.cpu() == asked)               # all but files that can't be read
-            predicted.append(self.net(x.float() / 255).argmax(1).cpu()[known])
+            predicted.append(net(x.float() / 255).argmax(1).cpu()[known])
             y.append(self.y_test[asked][known])
         found = [(torch.cat(predicted), torch.cat(y))] * self.ranks
         if self.ranks > 1:
@@ -1090,11 +1161,12 @@ class Trainer:
         """All that the rest of the run follows from, and all that load() needs; plain values and tensors
         alone, loads with weights_only=True. Random states are not among it: see reseed."""
         return dict(net=self.net.state_dict(), keys=self.keys and self.keys.state_dict(),
+                    averaged=self.averaged and self.averaged.state_dict(),
                     queue=self.queue, queue_y=self.queue_y, queue_at=self.queue_at,
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
                     epoch=self.epoch, history=self.history, evaluated=self.evaluated, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
-                    labels=zlib.crc32(self.y.cpu().numpy()), resize=self.resize, crop=self.crop,
+                    labels=zlib.crc32(self.y.cpu().numpy()), resize=self.resize, size=self.size,
                     versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
 
     def load_state_dict(self, state):
@@ -1103,8 +1175,9 @@ class Trainer:
                 "the training images are not those that the run began with: --data or the files in it have changed")
         try:
             self.net.load_state_dict(state["net"])
-            if self.keys:
-                self.keys.load_state_dict(state["keys"])
+            for slow, name in ((self.keys, "keys"), (self.averaged, "averaged")):
+                if slow:
+                    slow.load_state_dict(state[name])
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             self.scaler.load_state_dict(state["scaler"])
@@ -1122,7 +1195,7 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"net", "config", "epoch", "history", "labels", "class_names", "counts", "resize", "crop"}
+        known = state.keys() >= {"net", "config", "epoch", "history", "labels", "class_names", "counts", "resize", "size"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
     require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")
@@ -1137,9 +1210,10 @@ def load(run, device="auto"):
     """
     state = read_checkpoint(run)
     try:
-        net = Hybrid(state["config"]["net"], len(state["counts"]), torch.zeros(3), torch.ones(3), state["config"]["experts"])
-        net.load_state_dict(state["net"])
+        c = state["config"]
+        net = Hybrid(c["net"], len(state["counts"]), torch.zeros(3), torch.ones(3), c["experts"], c["logits"] == "cosine")
+        net.load_state_dict(state["averaged"] or state["net"])
     except Exception as error:  # another version's
         raise InputError(f"{run}: its weights don't fit this program ({str(error).splitlines()[0]})") from None
-    net.class_names, net.counts, net.resize, net.crop = (state[key] for key in ("class_names", "counts", "resize", "crop"))
+    net.class_names, net.counts, net.resize, net.size = (state[key] for key in ("class_names", "counts", "resize", "size"))
     return net.to(pick_device(device)).eval()

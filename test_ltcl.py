@@ -1,5 +1,6 @@
 """Tests: python -m pytest -q.  Benchmark: python test_ltcl.py"""
 
+import csv
 import errno
 import importlib.util
 import inspect
@@ -397,6 +398,50 @@ def test_colours():
     assert (turned - x).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.9
 
 
+def test_strong_changes():
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(1100, -1, -1, -1).contiguous()
+    changed = ltcl.random_change(x, torch.Generator().manual_seed(0))
+    assert changed.shape == x.shape and 0 <= changed.min() and changed.max() <= 1
+    same = (changed - x).abs().amax((1, 2, 3)) < 1e-4
+    assert 60 < same.sum() < 160                        # one of eleven kinds is none
+    assert len({zlib.crc32(v.numpy().tobytes()) for v in changed[~same]}) > 0.95 * (~same).sum()
+    half = torch.linspace(0, 1, 32).expand(500, 3, 32, 32).contiguous()
+    over = ltcl.random_change(half, torch.Generator().manual_seed(1))
+    falls = (over[:, 0, 16, :-1] - over[:, 0, 16, 1:]).amax(1) > 0.3        # solarised: up, then down
+    assert falls.sum() > 5
+    x = torch.zeros(300, 3, 32, 32)
+    hidden = (ltcl.random_cutout(x, torch.Generator().manual_seed(0)) == 0.5).all(1).sum((1, 2))
+    assert hidden.max() == 256 and 64 <= hidden.min() < 120             # 16 x 16, less where it hangs over the rim
+
+
+def test_hold_out():
+    data = tiny_data(n=(40, 40, 40))
+    data.x_train[:, 0, 0, 0] = torch.arange(120)        # each image its own mark
+    held = ltcl.hold_out(data, 0.1)
+    assert torch.bincount(held.y_train).tolist() == [36] * 3 and torch.bincount(held.y_test).tolist() == [4] * 3
+    marks = held.x_train[:, 0, 0, 0].tolist() + held.x_test[:, 0, 0, 0].tolist()
+    assert sorted(marks) == list(range(120)) and held.x_test.shape[0] == 12
+    for x, y in ((held.x_train, held.y_train), (held.x_test, held.y_test)):
+        assert torch.equal(x[:, 0, 0, 0].long() // 40, y)
+    trainer = ltcl.Trainer(train.Config.of(dataset="t.npz", imb=4, holdout=0.1, net="resnet8", batch_size=8, device="cpu"), data)
+    assert trainer.counts.tolist() == [36, 18, 9] and len(trainer.y_test) == 12
+    with pytest.raises(ltcl.InputError, match="--holdout 0.1 leaves class 2"):
+        ltcl.hold_out(tiny_data(n=(12, 6, 1)), 0.1)
+
+
+def test_averaged_weights_are_evaluated_saved_and_loaded(tiny, tmp_path):
+    assert train.main([*tiny, "--average", "0.5", "--logits", "cosine", "--out", str(tmp_path / "run")]) == 0
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    net, weight = ltcl.load(tmp_path / "run", "cpu"), "experts.0.classifier.weight"
+    assert torch.equal(net.state_dict()[weight], state["averaged"][weight]) and not torch.equal(state["net"][weight], state["averaged"][weight])
+    x = torch.rand(2, 3, 8, 8)
+    assert net(x).abs().max() <= 30 and not any("classifier.bias" in key for key in state["net"])
+    with torch.no_grad():
+        before = net(x)
+        net.experts[0].classifier.weight[1] *= 5        # lengths don't matter
+        torch.testing.assert_close(net(x), before)
+
+
 def test_blur_is_torchvisions():
     x = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     out = ltcl.random_blur(x, torch.Generator().manual_seed(0), p=1, sigma=(1.0, 1.0))
@@ -417,7 +462,7 @@ def test_a_box_from_right_to_left_is_cut_mirrored():
 def test_views_of_large_images():
     x = torch.randint(256, (8, 3, 72, 72), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     rng = torch.Generator().manual_seed(0)
-    for view in ltcl.AUGMENTATIONS["resized"][:3]:
+    for view in (*ltcl.AUGMENTATIONS["resized"][:3], ltcl.colour_view):
         out = view(x, rng, 64)
         assert out.shape == (8, 3, 64, 64) and 0 <= out.min() and out.max() <= 1 and out.std() > 0.05
 
@@ -570,10 +615,10 @@ def test_the_queue_is_filled_after_the_loss(monkeypatch):
 def test_the_momentum_encoder_follows_parameters_and_buffers(monkeypatch):
     trainer = tiny_trainer(ema=0.9, queue=16)
     follow, before = trainer.follow, {name: t.clone() for name, t in trainer.keys.state_dict().items()}
-    monkeypatch.setattr(trainer, "follow", lambda: None)
+    monkeypatch.setattr(trainer, "follow", lambda *_: None)
     trainer.train_epoch()
     moved = {name: t.clone() for name, t in trainer.keys.state_dict().items()}  # its own BatchNorm has seen the keys
-    follow()
+    follow(trainer.keys, 0.9)
     live, changed = trainer.net.state_dict(), set()
     for name, t in trainer.keys.state_dict().items():
         if t.is_floating_point():
@@ -588,7 +633,8 @@ def test_the_momentum_encoder_follows_parameters_and_buffers(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [dict(method="ce"), dict(method="sc"), dict(method="psc"), dict(), dict(experts=2),
-                                      dict(ema=0.9, queue=40), dict(aug="resized"), dict(curriculum="two-stage")])
+                                      dict(ema=0.9, queue=40), dict(aug="resized"), dict(curriculum="two-stage"),
+                                      dict(recipe="record", batch_size=8, average=0.9, logits="cosine")])
 def test_a_step_never_waits_for_the_device(settings):
     """FakeTensorMode has no values: whatever needs one on the host raises."""
     trainer = tiny_trainer(**settings)
@@ -678,7 +724,7 @@ def test_experts_share_the_early_stages_and_average_their_logits():
     assert all(not torch.equal(a, e.last[0].conv1.weight) for a, e in zip(start, trainer.net.experts))
 
 
-@pytest.mark.parametrize("settings", [dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30), dict(ema=0.5), dict(aug="resized"),
+@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30), dict(ema=0.5), dict(aug="resized"),
                                       dict(method="ce", curriculum="two-stage", stage2_epochs=1),
                                       dict(method="psc", experts=2), dict(curriculum="two-stage", stage2_epochs=1)])
 def test_combinations_train(settings):
@@ -871,7 +917,7 @@ def interrupt(monkeypatch, at, number=signal.SIGINT):
     monkeypatch.setattr(ltcl.Trainer, "step", stepping)
 
 
-@pytest.mark.parametrize("flags", [["--method", "ce"], ["--queue", "12", "--ema", "0.9"], ["--method", "psc", "--experts", "2", "--amp", "fp16"],
+@pytest.mark.parametrize("flags", [["--method", "ce", "--average", "0.9"], ["--queue", "12", "--ema", "0.9"], ["--method", "psc", "--experts", "2", "--amp", "fp16"],
                                    ["--curriculum", "two-stage", "--stage2-epochs", "2", "--stage2-batch", "8"]])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_is_bit_identical(flags, number, tiny, tmp_path, monkeypatch, capsys):
@@ -1306,6 +1352,49 @@ def test_report(a_run, tiny, tmp_path, capsys, monkeypatch):
         refused(capsys, tmp_path, ["--report", out], "no epoch")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(capsys, tmp_path, ["--report", out], "pip install matplotlib")
+
+
+# --- results: seeds, rows, tables -------------------------------------------------------------------
+
+def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
+    results, argv = tmp_path / "results.csv", [*tiny, "--method", "sc", "--quiet", "--out", str(tmp_path / "run"), "--results", str(tmp_path / "results.csv")]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, {5})                           # in the second seed
+        assert train.main([*argv, "--seeds", "0", "1"]) == 130
+    assert len(results.read_text().splitlines()) == 2
+    capsys.readouterr()
+    assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "seed 0:" in shown.err and "it already" in shown.err and "mean ± standard deviation of top-1" in shown.out
+    with open(results, newline="") as file:
+        head, *rows = csv.reader(file)
+    assert tuple(head) == train.COLUMNS and [row[4] for row in rows] == ["0", "1", "2"]
+    assert rows[0][1:4] == ["1", "sc", "--net resnet8 --batch-size 8 --lr 0.05"]
+    last = json.loads((tmp_path / "run-seed1" / "log.jsonl").read_text().splitlines()[-1])
+    assert rows[1][6] == f"{last['top1']:.2f}" and rows[1][7] == "" and rows[1][9] == f"{last['few']:.2f}"
+    assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0           # nothing left to do
+    refused(capsys, tmp_path, [*argv, "--seeds", "0", "--seed", "1"], "choose one")
+    refused(capsys, tmp_path, [*argv, "--seeds", "3", "--resume"], "choose one")
+    refused(capsys, tmp_path, [*argv, "--seeds", "x"], "--seeds")
+    for bad in ("a,b\n1,2\n", "", "\0"):
+        results.write_text(bad)
+        refused(capsys, tmp_path, [*argv, "--seeds", "7"], "results.csv")
+        refused(capsys, tmp_path, ["--tables", results], "results.csv")
+    refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
+
+
+def test_tables():
+    rows = [["cifar100", "100", method, settings, str(seed), "200", str(top), "60", "", "20", "55", "", ""]
+            for method, settings, tops in (("sc", "", (46, 47, 48)), ("dscl", "--pbsd 0", (50,))) for seed, top in enumerate(tops)]
+    text = train.tables(rows)
+    assert "| sc |  | 200 | 47.0 ± 1.0 | 60.0 ± 0.0 | n/a | 20.0 ± 0.0 | 3 | 55 |" in text
+    assert "| sc |  | not run | not run | not run | 47.0 ± 1.0 | not run | not run |" in text
+    assert "| dscl | `--pbsd 0` | not run | not run | not run | 50.0 | not run | not run |" in text
+
+
+def test_the_readmes_tables_are_those_of_the_rows():
+    readme = (HERE / "README.md").read_text()
+    assert train.tables(train.read_results(HERE / "data" / "results.csv")) in readme
 
 
 # --- downloads, with torchvision's class stood in for ----------------------------------------

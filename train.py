@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import math
 import os
 import signal
+import statistics
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -66,12 +69,17 @@ class Config:
     classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, the log "
                               "of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
+    logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
+    average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=1)
+    holdout: float = setting(0.0, "share of each training class that takes the test set's place, to choose settings by", low=0, high=0.9)
+    recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
     stage2_batch: int = setting(128, "two-stage: its batch", low=1)
     stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
-    aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; "
-                       "auto: resized for image files", ["auto", "crop", "resized"])
+    aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: resized crop "
+                       "and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, else crop",
+                       ["auto", "crop", "resized", "strong"])
     size: int = setting(224, "side of the views of image files in pixels", low=8)
     save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
@@ -103,7 +111,8 @@ class Config:
         """The presets of data set and method, overridden by what is given."""
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
         presets = PRESETS.get(method, {}), PRESETS.get(dataset, PRESETS[".npz"]), PRESETS.get((dataset, method), {})
-        return cls(**presets[0] | presets[1] | presets[2] | given)
+        record = PRESETS["record"] if given.get("recipe") == "record" else {}
+        return cls(**presets[0] | presets[1] | presets[2] | record | given)
 
 
 IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
@@ -121,6 +130,8 @@ PRESETS = {
     ("imagenet_lt", "dscl"): MEMORY,
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
     ("inat18", "dscl"): MEMORY,
+    "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, lr=0.15, weight_decay=5e-4,
+                   schedule="cosine"),
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
@@ -140,6 +151,9 @@ def read_arguments(argv):
     do.add_argument("--eval", metavar="RUN", help="accuracy of a trained run: its folder or a .pt file")
     do.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
     do.add_argument("--report", metavar="RUN", nargs="+", help="draw losses and accuracy of runs side by side (needs matplotlib)")
+    do.add_argument("--tables", metavar="FILE", help="the tables of a file of --results, as Markdown")
+    parser.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed; those that were stopped go on")
+    parser.add_argument("--results", metavar="FILE", help="add a row a run to a .csv file; with --seeds, what it has is not run again")
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
@@ -151,11 +165,12 @@ def read_arguments(argv):
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
     given = vars(parser.parse_args(argv))
     names = {f.name for f in fields(Config)}
-    do = argparse.Namespace(**dict.fromkeys(("resume", "eval", "predict", "report", "per_class", "quiet"))
+    do = argparse.Namespace(**dict.fromkeys(("resume", "eval", "predict", "report", "tables", "seeds", "results", "per_class", "quiet"))
                             | {key: value for key, value in given.items() if key not in names})
-    actions = [name for name in ("resume", "eval", "predict", "report") if getattr(do, name)]
+    actions = [name for name in ("resume", "eval", "predict", "report", "tables", "seeds") if getattr(do, name)]
     ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
+    ltcl.require(not do.seeds or "seed" not in given, "--seed and --seeds at once: choose one")
     return do, {key: value for key, value in given.items() if key in names}
 
 
@@ -190,13 +205,15 @@ def resumed(given):
     ltcl.require(given.get("out"), "--resume needs --out, the folder of the run")
     out = Path(given["out"])
     if not (out / "last.pt").exists():
+        ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name the folder of the run")
         try:
             saved = json.loads((out / "config.json").read_text())
         except FileNotFoundError:
             saved = {}
         except ValueError:
             raise ltcl.InputError(f"{out / 'config.json'} is damaged: remove the folder and start anew") from None
-        print(f"nothing is saved in {out} yet: starts from the beginning", file=sys.stderr)
+        if out.exists():
+            print(f"nothing is saved in {out} yet: starts from the beginning", file=sys.stderr)
         return (replace(saved_config(saved, out), **given) if saved else Config.of(**given)), None
     state = ltcl.read_checkpoint(out)
     old = saved_config(state["config"], out)
@@ -248,16 +265,19 @@ def asked_to_stop(met):
 
 # --- a run and its files -----------------------------------------------------------------------
 
+def run_name(config):
+    return f"{Path(config.dataset).stem}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
+
+
 def run_folder(config):
     """The folder for a new run. Raises InputError where it holds one already."""
-    if config.out:
-        out = Path(config.out)
-        ltcl.require(not any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")),
-                     f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
-        ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a folder")
-        return out
-    name = f"{Path(config.dataset).stem}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
-    return next(out for n in range(1, 10 ** 6) if not (out := Path("runs") / f"{name}-{n}").exists())
+    if not config.out:
+        return next(out for n in range(1, 10 ** 6) if not (out := Path("runs") / f"{run_name(config)}-{n}").exists())
+    out = Path(config.out)
+    ltcl.require(not any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")),
+                 f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
+    ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a folder")
+    return out
 
 
 def read_log(out):
@@ -281,7 +301,7 @@ def small(x):
 
 def save_views(trainer, path, columns=20, rows=8):
     """A picture of the long tail: the classes from head to tail, each a pile of training images as
-    high as the class is large, and below it two views of one image, the boxes of its patches in the first."""
+    high as the class is large, and below it the two contrastive views of one image, the first with the boxes of its patches, and the classifier's."""
     order = trainer.counts.argsort(descending=True, stable=True)
     order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()].tolist()
     found = [(trainer.y == c).nonzero()[:rows, 0] for c in order]
@@ -289,8 +309,7 @@ def save_views(trainer, path, columns=20, rows=8):
     images = pixels.cpu().split([len(f) for f in found])                        # [<=rows,3,H,W] of each class
     height = [math.ceil(rows * trainer.counts[c] / trainer.counts.max()) for c in order]
     first, rng = torch.stack([x[0] for x in images]), torch.Generator().manual_seed(0)
-    query, key, _, _ = trainer.augmentation
-    views = [small(view(first, rng, trainer.size)) for view in (query, key)]     # [columns,3,64,64] each
+    views = [small(view(first, rng, trainer.size)) for view in trainer.augmentation[:3]]        # [columns,3,64,64] each
     if trainer.config.pbsd:
         boxes = ltcl.random_boxes(len(first), trainer.config.patches, 64, 64, rng, side_scale=trainer.config.box_scale == "side")
         views[0] = torch.stack([torchvision.utils.draw_bounding_boxes(*pair, colors="yellow") for pair in zip(views[0], boxes)])
@@ -523,6 +542,95 @@ def report(runs):
     print(f"drawn in {path}")
 
 
+# --- results: a row a run, and tables of them --------------------------------------------------
+
+COLUMNS = "dataset", "imb", "method", "settings", "seed", "epochs", "top-1", "many", "medium", "few", "seconds", "hardware", "commit"
+
+
+def settings_text(config):
+    """The flags by which a run's settings differ from the presets."""
+    preset = Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe)
+    others = {"dataset", "imb", "method", "seed", "epochs", "device", "compile"} | NO_MATTER
+    flags = [(f.name, getattr(config, f.name)) for f in fields(Config) if f.name not in others]
+    return " ".join(f"{flag(name)} {value:g}" if isinstance(value, float) else f"{flag(name)} {value}" for name, value in flags
+                    if value != getattr(preset, name) or name == "recipe" and value != "paper")
+
+
+def result_row(config, trainer=None, seconds=0):
+    """A run's row; without a trainer what tells it from others."""
+    row = [config.dataset, f"{config.imb:g}", config.method, settings_text(config), str(config.seed), str(config.epochs)]
+    if trainer is None:
+        return row
+    hardware, commit = f"{torch.get_num_threads()} threads, torch {torch.__version__}", ""
+    with contextlib.suppress(OSError, StopIteration):   # Linux alone tells the name of its processor
+        hardware = next(line for line in open("/proc/cpuinfo") if "model name" in line).split(": ")[1].strip() + ", " + hardware
+    if trainer.device.type == "cuda":
+        hardware = f"{trainer.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                         stderr=subprocess.DEVNULL).strip()
+    accuracy = [trainer.evaluated[name] for name in ("top1", "many", "medium", "few")]
+    return row + ["" if a is None else f"{a:.2f}" for a in accuracy] + [f"{seconds:.0f}", hardware, commit]
+
+
+def read_results(path):
+    """The rows of a results file, none where there is no such file. Raises InputError."""
+    if not Path(path).exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            head, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
+    ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
+                 f"{path} is no file of results: its columns are {', '.join(COLUMNS)}")
+    return rows
+
+
+def add_result(path, row):
+    rows = read_results(path) + [row]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    ltcl.write_whole(Path(path), text.getvalue().encode())
+
+
+def spread(values):
+    """Mean ± standard deviation of numbers as text; n/a where there are none."""
+    values = [float(v) for v in values if v]
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "n/a"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
+         ("dscl", "--recipe record")]
+
+
+def tables(rows):
+    """Markdown: a table for each data set and imbalance, and the papers' grid with what of it was run."""
+    groups = {}
+    for row in rows:
+        dataset, imb, method, settings, _, epochs, *_ = row
+        groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(row)
+    text = []
+    for (dataset, imb), runs in groups.items():
+        text += [f"**{dataset}, imbalance {imb}**", "", "| method | settings | epochs | top-1 | many | medium | few | seeds | seconds |",
+                 "|---|---|---|---|---|---|---|---|---|"]
+        for (method, settings, epochs), same in runs.items():
+            cells = [spread([row[i] for row in same]) for i in range(6, 10)]
+            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(cells)} | {len(same)} | "
+                        f"{statistics.mean(float(row[10]) for row in same):.0f} |")
+        text.append("")
+    columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
+    text += ["**The papers' settings: ResNet-32, 200 epochs, top-1**", "",
+             "| method | settings | " + " | ".join(f"{dataset}, {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
+    for method, settings in PAPER:
+        found = [groups.get(column, {}).get((method, settings, "200")) for column in columns]
+        cells = [spread([row[6] for row in same]) if same else "not run" for same in found]
+        text.append(f"| {method} | {settings and f'`{settings}`'} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
 # --- main --------------------------------------------------------------------------------------
 
 class Lost(Exception):
@@ -554,16 +662,39 @@ def processes(config):
     dist.destroy_process_group()
 
 
-def train_or_resume(do, given):
-    config, state = resumed(given) if do.resume else (Config.of(**given), None)
-    with processes(config):
-        start, chief = time.time(), not dist.is_initialized() or dist.get_rank() == 0
-        out = Path(config.out) if do.resume or not chief else run_folder(config)
-        with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
-                run = Run(config, out, state)
-                run.train()
-        print_result(run.trainer, time.time() - start)
+def planned(do, given):
+    """Config, state and folder (None: a new one) of each run that is to be trained."""
+    if not do.seeds:
+        config, state = resumed(given) if do.resume else (Config.of(**given), None)
+        return [(config, state, Path(config.out) if do.resume else None)]
+    runs, done = [], [row[:6] for row in read_results(do.results)] if do.results else []
+    for seed in do.seeds:
+        config = Config.of(**given | dict(seed=seed))
+        out = f"{given['out']}-seed{seed}" if given.get("out") else f"runs/{run_name(config)}"
+        if result_row(config) in done:
+            print(f"seed {seed}: {do.results} has it already", file=sys.stderr)
+        else:
+            runs.append((*resumed(given | dict(seed=seed, out=out)), Path(out)))
+    return runs
+
+
+def train_all(do, given):
+    runs = planned(do, given)
+    with processes(Config.of(**given)):
+        chief, rows = not dist.is_initialized() or dist.get_rank() == 0, []
+        for config, state, out in runs:
+            start, out = time.time(), out or (run_folder(config) if chief else Path("not this process's"))
+            with open(os.devnull, "w") as nowhere:
+                with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
+                    run = Run(config, out, state)
+                    run.train()
+            print_result(run.trainer, time.time() - start)
+            rows.append(result_row(config, run.trainer, sum(r["seconds"] for r in run.records)))
+            if do.results and chief:
+                add_result(do.results, rows[-1])
+        if len(rows) > 1:
+            print("\nmean ± standard deviation of " + ", ".join(f"{name} {spread([row[i] for row in rows])}" for i, name in
+                                                               enumerate(COLUMNS) if 6 <= i < 10))
 
 
 def main(argv=None):
@@ -575,8 +706,11 @@ def main(argv=None):
             predict(do.predict[0], do.predict[1:], given)
         elif do.report:
             report(do.report)
+        elif do.tables:
+            ltcl.require(Path(do.tables).is_file(), f"{do.tables} does not exist: name a file of --results")
+            print(tables(read_results(do.tables)))
         else:
-            train_or_resume(do, given)
+            train_all(do, given)
         return 0
     except Stopped as stopped:
         number, out = stopped.args
