@@ -994,7 +994,9 @@ def write_whole(path, content):
     whole(path, content)
 ltcl.write_whole = write_whole
 os.fsync, os.replace = maybe(os.fsync, {chance}), maybe(os.replace, {chance})
-threading.Timer(random.uniform(0, {wait}), die).start()
+timer = threading.Timer(random.uniform(0, {wait}), die)
+timer.daemon = True  # or a finished run would wait for it
+timer.start()
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -1009,7 +1011,7 @@ def test_kill(tiny, tmp_path):
     while died < kills:
         seed += 1
         chance = (0.0, 0.04)[seed % 2]                  # half of them anywhere, half of them within a save
-        script = KILLER.format(here=str(HERE), seed=seed, wait=(2 * seconds / kills, 1e6)[seed % 2], chance=chance)
+        script = KILLER.format(here=str(HERE), seed=seed, wait=(2 * seconds / kills + 5, 1e6)[seed % 2], chance=chance)
         run = subprocess.run([sys.executable, "-c", script, *argv, "--resume", "--out", str(out)], capture_output=True, text=True)
         assert run.returncode in (0, -signal.SIGKILL), run.stderr
         epochs.append(torch.load(out / "last.pt", weights_only=True)["epoch"] if (out / "last.pt").exists() else 0)
@@ -1613,6 +1615,16 @@ def benchmark_losses():
         print(f"  {name:48} {math.log(b / a, 4):5.2f} {math.log(n / m, 4):8.2f}", flush=True)
 
 
+def benchmark_memory():
+    print("\nmemory of a loss, forward and backward, MiB        sc   psc: classes " + " ".join(f"{C:8,}" for C in (10, 100, 1000, 8142)))
+    for n in (512, 1024, 2048, 4096):
+        z, y = unit(n, 128, dtype=torch.float32), torch.arange(n)
+        psc = [peak_bytes(backward(lambda z, p, y=y: ltcl.psc_loss(z, y % len(p), p), z, unit(C, 128, seed=1, dtype=torch.float32)))
+               for C in (10, 100, 1000, 8142)]
+        sc = peak_bytes(backward(lambda z, y=y: ltcl.sc_loss(z, y % 100), z))
+        print(f"  {n:6,} rows {sc / 2**20:41.0f} " + " " * 14 + " ".join(f"{m / 2**20:8.0f}" for m in psc), flush=True)
+
+
 def benchmark_views():
     from torchvision.transforms import v2
     threads = torch.get_num_threads()
@@ -1663,4 +1675,5 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}")
     benchmark_views()
     benchmark_losses()
+    benchmark_memory()
     benchmark_step(where)
