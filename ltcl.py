@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,11 +181,12 @@ def read_npz(path):
     return Dataset(images[0], torch.from_numpy(labels[0]), images[1], torch.from_numpy(labels[1]), names)
 
 
-def read_picture(path):
-    """A picture of any kind as uint8 [3,h,w]: turned upright, what is transparent in white. Raises what PIL raises."""
-    with Image.open(path) as picture:
+def read_picture(file):
+    """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
+    white. Raises what PIL raises."""
+    with file if isinstance(file, Image.Image) else Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):                # 16 bits of grey: PIL would cut them off at 255
+        if picture.mode.startswith("I") and picture.getextrema()[1] > 255:      # 16 bits of grey: PIL would cut them off
             picture = picture.point(lambda v: v / 256).convert("L")
         rgba = picture.convert("RGBA")
     return pil_to_tensor(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
@@ -215,10 +217,10 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def report_unreadable(new, known, total):
-    """Name newly met image files that are left out. Raises InputError when over 1 % of all are known."""
+    """Name newly met image files that are left out. Raises InputError when several, and over 1 % of all, are known."""
     for path in sorted(new):
         print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
-    require(len(known) <= 0.01 * total, f"{len(known)} of {total} image files cannot be read, more than 1 %: "
+    require(len(known) <= max(1, 0.01 * total), f"{len(known)} of {total} image files cannot be read, more than 1 %: "
             "mend or remove those named above")
 
 
@@ -258,7 +260,10 @@ def load_files(root, train_list, test_list, size):
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
                     "and val/<class>/* (or test)")
-        train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
+        try:
+            train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
+        except FileNotFoundError as error:              # an empty class folder
+            raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
         different = set(train.classes) ^ set(test.classes)
         require(not different, f"{root}: class {min(different, default='')!r} is in one of train and {held_out.name} alone: "
                 "both need the same class folders")
@@ -637,9 +642,9 @@ class Hybrid(nn.Module):
     def forward(self, x):
         return self.logits(self.maps(x)).mean(0)        # [B,C]
 
-    def preprocess(self, path):
-        """A picture file as this network takes it, float [3,H,W] in 0..1; see load(). Raises what PIL raises."""
-        return center_crop(resize(read_picture(path), self.resize), self.size) / 255
+    def preprocess(self, picture):
+        """A picture, a path or a PIL image, as this network takes it: float [3,H,W] in 0..1; see load()."""
+        return center_crop(resize(read_picture(picture), self.resize), self.size) / 255
 
 
 @contextlib.contextmanager
@@ -834,7 +839,8 @@ def pick_device(name):
     try:
         return torch.empty(0, device=name).device
     except Exception as error:  # torch raises all kinds
-        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}): try --device cpu") from None
+        reason = textwrap.shorten(str(error), 100, placeholder=" ...")
+        raise InputError(f"--device {name} does not work here ({reason}): try --device cpu") from None
 
 
 def pick_amp(name, device):
@@ -903,7 +909,7 @@ class Trainer:
         require(c.batch_size % self.ranks == c.stage2_batch % self.ranks == 0, f"--batch-size {c.batch_size} or "
                 f"--stage2-batch {c.stage2_batch} can't be shared by {self.ranks} processes: take multiples of it")
         self.history = []                               # losses of the steps done in this epoch
-        self.evaluated = {}                             # the last accuracy
+        self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.epoch = 0                                  # epochs done, of
         self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)
         self.device = pick_device(c.device)
@@ -1164,7 +1170,7 @@ class Trainer:
                     averaged=self.averaged and self.averaged.state_dict(),
                     queue=self.queue, queue_y=self.queue_y, queue_at=self.queue_at,
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
-                    epoch=self.epoch, history=self.history, evaluated=self.evaluated, ranks=self.ranks,
+                    epoch=self.epoch, history=self.history, evaluated=self.evaluated, elapsed=self.elapsed, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
                     labels=zlib.crc32(self.y.cpu().numpy()), resize=self.resize, size=self.size,
                     versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
@@ -1185,7 +1191,8 @@ class Trainer:
             self.queue_y.copy_(state["queue_y"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None
-        self.queue_at, self.epoch, self.evaluated = state["queue_at"], state["epoch"], state["evaluated"]
+        for name in ("queue_at", "epoch", "evaluated", "elapsed"):
+            setattr(self, name, state[name])
         self.history = [parts.to(self.device) for parts in state["history"]]
 
 
@@ -1195,7 +1202,7 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"net", "config", "epoch", "history", "labels", "class_names", "counts", "resize", "size"}
+        known = state.keys() >= {"net", "config", "epoch", "history", "ranks", "labels", "class_names", "counts", "resize", "size"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
     require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")

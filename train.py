@@ -22,6 +22,8 @@ try:
     import torchvision
 
     import ltcl
+except KeyboardInterrupt:
+    sys.exit(130)
 except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises either
     print(f"error: torch, torchvision or numpy does not import ({str(error).splitlines()[0]}): "
           "install a set that fits, pip install --upgrade torch torchvision numpy", file=sys.stderr)
@@ -34,7 +36,7 @@ def setting(default, help, choices=None, low=None, high=None):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
-TINY = 1e-9  # "above zero", as a bound
+TINY, BELOW_ONE = 1e-9, 1 - 1e-9  # "above zero" and "below one", as bounds
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Config:
     epochs: int = setting(200, "passes over the training set", low=1)
     batch_size: int = setting(512, "images a step, in each branch", low=1)
     lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
-    momentum: float = setting(0.9, "momentum of SGD", low=0, high=1)
+    momentum: float = setting(0.9, "momentum of SGD", low=0, high=BELOW_ONE)
     weight_decay: float = setting(1e-4, "L2 penalty", low=0)
     warmup: float = setting(5.0, "epochs of linear warm-up, at most a fifth of all", low=0)
     schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
@@ -63,14 +65,14 @@ class Config:
     patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0)
     box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
                              ["area", "side"])
-    ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=1)
+    ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=BELOW_ONE)
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
     classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, the log "
                               "of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
-    average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=1)
+    average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
     holdout: float = setting(0.0, "share of each training class that takes the test set's place, to choose settings by", low=0, high=0.9)
     recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
@@ -102,9 +104,12 @@ class Config:
             ltcl.require(f.type is not float or math.isfinite(value), f"{name} is {value}: give a finite number")
             ltcl.require(m["low"] is None or value >= m["low"], f"{name} is {value}: it must be "
                          + ("above 0" if m["low"] == TINY else f"{m['low']} or more"))
-            ltcl.require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be {m['high']} or less")
+            ltcl.require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be "
+                         + ("below 1" if m["high"] == BELOW_ONE else f"{m['high']} or less"))
         ltcl.require(self.method == "dscl" or not (self.ema or self.queue), f"--ema and --queue are DSCL's: "
                      f"leave them out for --method {self.method}")
+        ltcl.require(self.dataset in ltcl.FILE_SETS or not (self.train_list or self.test_list), "--train-list and --test-list "
+                     f"are for {', '.join(ltcl.FILE_SETS)}: leave them out for --dataset {self.dataset}")
 
     @classmethod
     def of(cls, **given):
@@ -180,6 +185,12 @@ NO_MATTER = {"out", "data", "train_list", "test_list", "workers", "save_every", 
 ROUNDING = {"device", "compile", "amp", "batchnorm"}    # the run goes on, with other last digits
 
 
+def say(text):
+    """To the user, once: of several processes the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -213,7 +224,7 @@ def resumed(given):
         except ValueError:
             raise ltcl.InputError(f"{out / 'config.json'} is damaged: remove the folder and start anew") from None
         if out.exists():
-            print(f"nothing is saved in {out} yet: starts from the beginning", file=sys.stderr)
+            say(f"note: nothing is saved in {out} yet: starts from the beginning")
         return (replace(saved_config(saved, out), **given) if saved else Config.of(**given)), None
     state = ltcl.read_checkpoint(out)
     old = saved_config(state["config"], out)
@@ -223,12 +234,14 @@ def resumed(given):
         if a == b or f.name in NO_MATTER:
             continue
         if f.name in ("epochs", "stage2_epochs"):
-            ltcl.require(same_so_far(old, new, began), f"{flag(f.name)} {b}: of {a} epochs {began} are done, and with {b} they "
-                         "would have had another learning rate or contrast weight: start a new run")
+            ltcl.require(same_so_far(old, new, began), f"{flag(f.name)} {b}: with {a}, the {began} epochs done had another "
+                         "learning rate or contrast weight than they would have had: start a new run")
         else:
             ltcl.require(f.name in ROUNDING, f"{flag(f.name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
                          "or start a new run in another folder")
-        print(f"note: {flag(f.name)} goes from {a} to {b}", file=sys.stderr)
+        say(f"note: {flag(f.name)} goes from {a} to {b}")
+    if state["ranks"] != int(os.environ.get("WORLD_SIZE", 1)):
+        say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
     return new, state
 
 
@@ -366,6 +379,9 @@ class Run:
                 save_views(t, out / "views.png")
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
               f"{len(t.y_test)} test images; on {t.device}; into {out}", flush=True)
+        steps = len(t.y) // t.config.batch_size * t.config.epochs
+        if steps < 100:
+            say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or more --epochs")
 
     def write_log(self):
         ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode())
@@ -385,25 +401,27 @@ class Run:
         t, number = self.trainer, asked_to_stop(self.signals)
         if number or time.time() - self.saved > SAVE_SECONDS:
             t.check()
+            t.elapsed = time.time() - self.began
             self.save()
         if number:
             raise Stopped(number, self.out)
         if time.time() - self.shown > 1:                # to read the loss is to wait for the device: once a second
             self.shown = time.time()
-            speed = (step - self.first) * t.config.batch_size / (self.shown - self.began)
+            speed = step * t.config.batch_size / (self.shown - self.began)
             live(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  loss {t.history[-1][0].item():6.3f}  "
                  f"{speed:,.0f} images/s  {self.left(t.epoch + step / steps)}")
 
     def epoch(self):
         """Train one, evaluate, log, save."""
         t, c = self.trainer, self.trainer.config
-        self.began, self.first = time.time(), len(t.history)
+        self.began = time.time() - t.elapsed
         record = EPOCH | t.train_epoch(self.between_steps)
         speed = len(t.y) / (time.time() - self.began)
         due = t.epoch % c.eval_every == 0 or t.epoch == t.epochs
         if due and record["loss_ce"] is not None:
             record |= {name: value for name, value in t.evaluate().items() if name in EPOCH}
         record |= dict(epoch=t.epoch, seconds=round(time.time() - self.began, 3))
+        t.elapsed = 0
         self.records.append(record)
         number = asked_to_stop(self.signals)
         if self.chief:
@@ -486,7 +504,8 @@ def predict(run, pictures, given):
         try:
             x = net.preprocess(path)                    # [3,H,W]
         except Exception:  # whatever PIL raises
-            print(f"warning: {path} is not a readable image: skipped", file=sys.stderr)
+            reason = "is not a readable image" if Path(path).is_file() else "is no file"
+            print(f"warning: {path} {reason}: skipped", file=sys.stderr)
             continue
         readable += 1
         likely, classes = net(x[None].to(net.mean.device))[0].softmax(0).topk(min(5, len(net.class_names)))
@@ -657,8 +676,8 @@ def processes(config):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection" not in str(error):
             raise
-        raise Lost(f"another process of the run ended, or didn't answer within --timeout {config.timeout:g} s "
-                   f"({str(error).splitlines()[0]}): start all again, with --resume --out RUN") from None
+        raise Lost(f"another process of the run ended, or didn't answer within --timeout {config.timeout:g} s: "
+                   "start all again, with --resume --out and the run's folder") from None
     dist.destroy_process_group()
 
 
@@ -683,13 +702,14 @@ def train_all(do, given):
     with processes(Config.of(**given)):
         chief, rows = not dist.is_initialized() or dist.get_rank() == 0, []
         for config, state, out in runs:
-            start, out = time.time(), out or (run_folder(config) if chief else Path("not this process's"))
+            out = out or (run_folder(config) if chief else Path("not this process's"))
             with open(os.devnull, "w") as nowhere:
                 with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
                     run = Run(config, out, state)
                     run.train()
-            print_result(run.trainer, time.time() - start)
-            rows.append(result_row(config, run.trainer, sum(r["seconds"] for r in run.records)))
+            seconds = sum(r["seconds"] for r in run.records)
+            print_result(run.trainer, seconds)
+            rows.append(result_row(config, run.trainer, seconds))
             if do.results and chief:
                 add_result(do.results, rows[-1])
         if len(rows) > 1:
@@ -714,9 +734,13 @@ def main(argv=None):
         return 0
     except Stopped as stopped:
         number, out = stopped.args
-        message, status = f"stopped, all is saved; to go on: python train.py --resume --out {out}", 128 + number
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        program = "python" if ranks == "1" else f"torchrun --nproc_per_node={ranks}"
+        live("")
+        say(f"stopped, all is saved; to go on: {program} train.py --resume --out {out}")
+        return 128 + number
     except KeyboardInterrupt:
-        message, status = "stopped before training", 130
+        message, status = "stopped", 130
     except (ltcl.InputError, OSError) as error:
         message, status = f"error: {error}", 2
     except Lost as lost:
