@@ -422,14 +422,17 @@ def random_flip(x, rng, p=0.5):
     return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes three times as fast as torch.where
 
 
-LUMA = [[0.299, 0.587, 0.114]]  # how bright red, green and blue look
+def luma(device):
+    """How bright red, green and blue look, [1,3]; made on the device, which needn't wait for the host then."""
+    red, green, blue = torch.eye(3, device=device).split(1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def random_grayscale(x, rng, p=0.2):
     """Take the colour away with probability p: float [B,3,H,W] -> same."""
-    luma = (x.new_tensor(LUMA) @ x.flatten(2)).unflatten(2, x.shape[2:])  # [B,1,H,W]
+    grey = (luma(x.device) @ x.flatten(2)).unflatten(2, x.shape[2:])                    # [B,1,H,W]
     chosen = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p            # [B,1,1,1]
-    return torch.lerp(x, luma, chosen.to(x.dtype))          # twice as fast as torch.where
+    return torch.lerp(x, grey, chosen.to(x.dtype))          # twice as fast as torch.where
 
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
@@ -437,12 +440,12 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
     [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
     turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
-    luma = x.new_tensor(LUMA).expand(3, 3)              # [3,3] colour -> its grey
-    turn = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)    # [3,3] across the grey axis
+    bright = luma(x.device).expand(3, 3)                # [3,3] colour -> its grey
+    turn = (eye.roll(-1, 1) - eye.roll(1, 1)) / math.sqrt(3)                    # [3,3] across the grey axis
     turned = hue.cos() * eye + hue.sin() * turn + (1 - hue.cos()) / 3           # [B,3,3]
-    colour = (1 + b) * (1 + c) * turned @ ((1 + s) * eye - s * luma)            # [B,3,3]
-    colour = torch.lerp(colour, luma @ colour, grey)                            # [B,3,3]
-    shift = -c * (1 + b) * (luma[:1] @ x.mean((2, 3))[:, :, None])              # [B,1,1] of contrast
+    colour = (1 + b) * (1 + c) * turned @ ((1 + s) * eye - s * bright)          # [B,3,3]
+    colour = torch.lerp(colour, bright @ colour, grey)                          # [B,3,3]
+    shift = -c * (1 + b) * (bright[:1] @ x.mean((2, 3))[:, :, None])              # [B,1,1] of contrast
     return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp_(0, 1)
 
 
@@ -450,7 +453,7 @@ def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
     """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p, and
     no colour with probability grey: float [B,3,H,W] in 0..1 -> same."""
     draws = torch.rand(6, len(x), 1, 1, generator=rng, device=x.device)
-    b, c, s, h = (2 * draws[:4] - 1) * x.new_tensor(jitter).view(4, 1, 1, 1) * (draws[4] < p)       # [B,1,1] each
+    b, c, s, h = ((2 * u - 1) * most * (draws[4] < p) for u, most in zip(draws, jitter))            # [B,1,1] each
     return recolour(x, b, c, s, 2 * math.pi * h, (draws[5] < grey).to(x.dtype))
 
 
@@ -506,7 +509,8 @@ def resized_view(x, rng, size):
     """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
     flip = torch.rand(len(x), 1, 1, generator=rng, device=x.device) < 0.5       # [B,1,1]
-    mirrored = torch.where(flip, boxes[..., [2, 1, 0, 3]], boxes)               # [B,1,4] from right to left: no copy
+    x1, y1, x2, y2 = boxes.unbind(2)                                            # [B,1] each
+    mirrored = torch.where(flip, torch.stack([x2, y1, x1, y2], 2), boxes)       # [B,1,4] from right to left: no copy
     return cut(x, mirrored, size, samples=1).div_(255)                          # more samples can't go backwards
 
 
@@ -934,8 +938,12 @@ class Trainer:
         # a picture of any size is resized and its middle cut out to be evaluated; views have that size too
         self.size = [c.size] * 2 if self.aug == "resized" and not in_memory else list(pixels.shape[2:])
         self.resize = max(pixels.shape[2:])
-        std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
-        amp = pick_amp(c.amp, self.device)
+        self.rng = torch.Generator(self.device)         # of batches and views, see reseed
+        self.build(*torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3)))                      # [3], [3]
+
+    def build(self, std, mean):
+        """The network with its slow copies, the queue and the optimisers."""
+        c, amp = self.config, pick_amp(self.config.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.manual_seed(c.seed)
             net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, c.logits == "cosine", amp=amp)
@@ -954,7 +962,6 @@ class Trainer:
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        self.rng = torch.Generator(self.device).manual_seed(c.seed)  # of batches and views, see reseed
         self.forward = nn.Module()
         self.forward.net, self.forward.forward = self.net, self.losses
         if self.ranks > 1:                              # which weights an epoch leaves out changes on the way

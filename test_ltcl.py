@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltcl
 import train
@@ -633,9 +634,12 @@ def test_the_momentum_encoder_follows_parameters_and_buffers(monkeypatch):
     assert not torch.equal(frozen["early.0.weight"], trainer.keys.state_dict()["early.0.weight"])
 
 
-@pytest.mark.parametrize("settings", [dict(method="ce"), dict(method="sc"), dict(method="psc"), dict(), dict(experts=2),
-                                      dict(ema=0.9, queue=40), dict(aug="resized"), dict(curriculum="two-stage"),
-                                      dict(recipe="record", batch_size=8, average=0.9, logits="cosine")])
+STEPS = [dict(method="ce"), dict(method="sc"), dict(method="psc"), dict(), dict(experts=2),
+         dict(ema=0.9, queue=40), dict(aug="resized"), dict(curriculum="two-stage"),
+         dict(recipe="record", batch_size=8, average=0.9, logits="cosine")]
+
+
+@pytest.mark.parametrize("settings", STEPS)
 def test_a_step_never_waits_for_the_device(settings):
     """FakeTensorMode has no values: whatever needs one on the host raises."""
     trainer = tiny_trainer(**settings)
@@ -649,8 +653,27 @@ def test_a_step_never_waits_for_the_device(settings):
             parts["loss"].item()
 
 
+class NoConstants(TorchDispatchMode):
+    """Refuses tensors made of the host's numbers: on another device these would have to be copied and waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "lift_fresh" not in str(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("settings", STEPS)
+def test_a_step_copies_nothing_from_the_host(settings):
+    trainer = tiny_trainer(**settings)
+    rows = trainer.batches(8, 2)[0]
+    trainer.net.train()
+    with NoConstants():
+        trainer.step(trainer.x[rows], trainer.y[rows], 8, trainer.optimizers[0])
+        with pytest.raises(AssertionError):
+            torch.ones(3)[[0, 1]]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("settings", [dict(method="ce"), dict(), dict(ema=0.9, queue=40)])
+@pytest.mark.parametrize("settings", STEPS)
 def test_a_step_never_waits_for_cuda(settings):
     trainer = tiny_trainer(**settings | {"device": "cuda"})
     rows = trainer.batches(8, 2)

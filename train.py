@@ -522,13 +522,12 @@ def report(runs):
         from matplotlib import pyplot as plt
     except ImportError:
         raise ltcl.InputError("--report needs matplotlib: pip install matplotlib") from None
-    figure, (losses, tops, classes) = plt.subplots(3, len(runs), figsize=(1.5 + 4.5 * len(runs), 9), squeeze=False,
+    figure, (losses, tops, classes) = plt.subplots(3, len(runs), figsize=(1 + 3.2 * len(runs), 8), squeeze=False,
                                                    sharey="row", layout="constrained")
     for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
         log, state = read_log(run), ltcl.read_checkpoint(run)
         ltcl.require(log, f"{run / 'log.jsonl'} holds no epoch: train the run first")
-        c = state["config"]
 
         def curve(axes, name, label, **style):
             points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
@@ -538,7 +537,7 @@ def report(runs):
         for name, label in (("loss", "loss"), ("loss_contrast", "contrast"), ("loss_pbsd", "PBSD"), ("loss_ce", "cross-entropy")):
             curve(loss, name, label, linewidth=2.5 if name == "loss" else 1.2)
         curve(loss, "contrast_weight", "contrast weight", color="grey", linestyle="--")
-        loss.set(title=f"{c['method']}, seed {c['seed']}\n{run.name}", xlabel="epoch")
+        loss.set(title=run.name, xlabel="epoch")
         loss.legend(fontsize=8)
         for name, label in (("top1", "all"), ("many", "many"), ("medium", "medium"), ("few", "few")):
             curve(top, name, label, linewidth=2.5 if name == "top1" else 1.2)
