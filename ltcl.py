@@ -184,12 +184,14 @@ def read_npz(path):
 def read_picture(file):
     """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
     white. Raises what PIL raises."""
-    with file if isinstance(file, Image.Image) else Image.open(file) as picture:
+    with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I") and picture.getextrema()[1] > 255:      # 16 bits of grey: PIL would cut them off
             picture = picture.point(lambda v: v / 256).convert("L")
-        rgba = picture.convert("RGBA")
-    return pil_to_tensor(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+        if "A" in picture.mode or "transparency" in picture.info:
+            rgba = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        return pil_to_tensor(picture.convert("RGB"))
 
 
 class ImageFiles(torch.utils.data.Dataset):

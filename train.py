@@ -698,7 +698,7 @@ def planned(do, given):
 
 def train_all(do, given):
     runs = planned(do, given)
-    with processes(Config.of(**given)):
+    with processes(runs[0][0] if runs else Config.of(**given)):
         chief, rows = not dist.is_initialized() or dist.get_rank() == 0, []
         for config, state, out in runs:
             out = out or (run_folder(config) if chief else Path("not this process's"))
