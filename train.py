@@ -68,19 +68,20 @@ class Config:
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=BELOW_ONE)
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
-    classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, the log "
-                              "of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
+    classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, "
+                              "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
-    holdout: float = setting(0.0, "share of each training class that takes the test set's place, to choose settings by", low=0, high=0.9)
+    holdout: float = setting(0.0, "share of each training class that takes the test set's place, to choose settings by",
+                             low=0, high=0.9)
     recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
     stage2_batch: int = setting(128, "two-stage: its batch", low=1)
     stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
-    aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: resized crop "
-                       "and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, else crop",
+    aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: "
+                       "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, else crop",
                        ["auto", "crop", "resized", "strong"])
     size: int = setting(224, "side of the views of image files in pixels", low=8)
     save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
@@ -155,10 +156,10 @@ def read_arguments(argv):
     do.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved last")
     do.add_argument("--eval", metavar="RUN", help="accuracy of a trained run: its folder or a .pt file")
     do.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
-    do.add_argument("--report", metavar="RUN", nargs="+", help="draw losses and accuracy of runs side by side (needs matplotlib)")
+    do.add_argument("--report", metavar="RUN", nargs="+", help="draw runs side by side (needs matplotlib)")
     do.add_argument("--tables", metavar="FILE", help="the tables of a file of --results, as Markdown")
     parser.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed; those that were stopped go on")
-    parser.add_argument("--results", metavar="FILE", help="add a row a run to a .csv file; with --seeds, what it has is not run again")
+    parser.add_argument("--results", metavar="FILE", help="add a row a run to a .csv file; --seeds leaves out what it has")
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
@@ -170,9 +171,10 @@ def read_arguments(argv):
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
     given = vars(parser.parse_args(argv))
     names = {f.name for f in fields(Config)}
-    do = argparse.Namespace(**dict.fromkeys(("resume", "eval", "predict", "report", "tables", "seeds", "results", "per_class", "quiet"))
+    exclusive = "resume", "eval", "predict", "report", "tables", "seeds"
+    do = argparse.Namespace(**dict.fromkeys([*exclusive, "results", "per_class", "quiet"])
                             | {key: value for key, value in given.items() if key not in names})
-    actions = [name for name in ("resume", "eval", "predict", "report", "tables", "seeds") if getattr(do, name)]
+    actions = [name for name in exclusive if getattr(do, name)]
     ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
     ltcl.require(not do.seeds or "seed" not in given, "--seed and --seeds at once: choose one")
@@ -314,7 +316,8 @@ def small(x):
 
 def save_views(trainer, path, columns=20, rows=8):
     """A picture of the long tail: the classes from head to tail, each a pile of training images as
-    high as the class is large, and below it the two contrastive views of one image, the first with the boxes of its patches, and the classifier's."""
+    high as the class is large, and below it the two contrastive views of one image, the first with the boxes of
+    its patches, and the classifier's view."""
     order = trainer.counts.argsort(descending=True, stable=True)
     order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()].tolist()
     found = [(trainer.y == c).nonzero()[:rows, 0] for c in order]
@@ -324,7 +327,8 @@ def save_views(trainer, path, columns=20, rows=8):
     first, rng = torch.stack([x[0] for x in images]), torch.Generator().manual_seed(0)
     views = [small(view(first, rng, trainer.size)) for view in trainer.augmentation[:3]]        # [columns,3,64,64] each
     if trainer.config.pbsd:
-        boxes = ltcl.random_boxes(len(first), trainer.config.patches, 64, 64, rng, side_scale=trainer.config.box_scale == "side")
+        c = trainer.config
+        boxes = ltcl.random_boxes(len(first), c.patches, 64, 64, rng, side_scale=c.box_scale == "side")
         views[0] = torch.stack([torchvision.utils.draw_bounding_boxes(*pair, colors="yellow") for pair in zip(views[0], boxes)])
     images = [small(x / 255) for x in images]
     white = torch.ones(3, 64, 64)
@@ -381,7 +385,8 @@ class Run:
               f"{len(t.y_test)} test images; on {t.device}; into {out}", flush=True)
         steps = len(t.y) // t.config.batch_size * t.config.epochs
         if steps < 100:
-            say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or more --epochs")
+            say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or "
+                "more --epochs")
 
     def write_log(self):
         ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode())
@@ -432,7 +437,8 @@ class Run:
                 else f"top-1 {record['top1']:5.2f} %")
         live("")
         print(f"epoch {t.epoch:3}/{t.epochs}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
-              f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  {self.left(t.epoch)}", flush=True)
+              f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  {self.left(t.epoch)}",
+              flush=True)
         if number and t.epoch < t.epochs:
             raise Stopped(number, self.out)
 
@@ -534,7 +540,8 @@ def report(runs):
             if points:
                 axes.plot(*zip(*points), label=label, **style)
 
-        for name, label in (("loss", "loss"), ("loss_contrast", "contrast"), ("loss_pbsd", "PBSD"), ("loss_ce", "cross-entropy")):
+        for name, label in (("loss", "loss"), ("loss_contrast", "contrast"), ("loss_pbsd", "PBSD"),
+                            ("loss_ce", "cross-entropy")):
             curve(loss, name, label, linewidth=2.5 if name == "loss" else 1.2)
         curve(loss, "contrast_weight", "contrast weight", color="grey", linestyle="--")
         loss.set(title=run.name, xlabel="epoch")
@@ -562,7 +569,8 @@ def report(runs):
 
 # --- results: a row a run, and tables of them --------------------------------------------------
 
-COLUMNS = "dataset", "imb", "method", "settings", "seed", "epochs", "top-1", "many", "medium", "few", "seconds", "hardware", "commit"
+COLUMNS = ("dataset", "imb", "method", "settings", "seed", "epochs", "top-1", "many", "medium", "few", "seconds", "hardware",
+           "commit")
 
 
 def settings_text(config):
@@ -632,8 +640,8 @@ def tables(rows):
         groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(row)
     text = []
     for (dataset, imb), runs in groups.items():
-        text += [f"**{dataset}, imbalance {imb}**", "", "| method | settings | epochs | top-1 | many | medium | few | seeds | seconds |",
-                 "|---|---|---|---|---|---|---|---|---|"]
+        text += [f"**{dataset}, imbalance {imb}**", "",
+                 "| method | settings | epochs | top-1 | many | medium | few | seeds | seconds |", "|---" * 9 + "|"]
         for (method, settings, epochs), same in runs.items():
             cells = [spread([row[i] for row in same]) for i in range(6, 10)]
             text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(cells)} | {len(same)} | "
