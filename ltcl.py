@@ -471,7 +471,7 @@ def random_change(x, rng):
                         torch.cat([0.3 * shear_y + angle.sin(), angle.cos(), 0.6 * shift_y], 2)], 1)    # [B,2,3]
     x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), align_corners=False)
     x = recolour(x, *(0.9 * change for change in (brightness, contrast, saturation)), 0 * strength)
-    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # the bright half of its range upside down
+    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # what is brighter than a threshold, upside down
     levels = 2 ** (8 - 4 * posterize.abs()[..., None])                          # [B,1,1,1] of 256, down to 16
     return torch.where(posterize[..., None] != 0, (x * levels).floor() / levels, x)
 
@@ -964,10 +964,11 @@ class Trainer:
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        self.forward = nn.Module()
-        self.forward.net, self.forward.forward = self.net, self.losses
+        self.forward = self.losses
         if self.ranks > 1:                              # which weights an epoch leaves out changes on the way
-            self.forward = nn.parallel.DistributedDataParallel(self.forward, find_unused_parameters=True)
+            hybrid = nn.Module()
+            hybrid.net, hybrid.forward = self.net, self.losses
+            self.forward = nn.parallel.DistributedDataParallel(hybrid, find_unused_parameters=True)
 
     def images(self, x, plan):
         """The images of each batch of rows in plan, uint8 [n,3,H,W] on the device, with the rows
@@ -1038,8 +1039,8 @@ class Trainer:
             self.queue_at = (self.queue_at + n) % K
 
     def losses(self, x, y, x_ce, y_ce):
-        """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]: the instance-balanced
-        batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
+        """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
+        the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
         statistics are those of what the classifier meets."""
         c, N, weight = self.config, len(y), self.weight
         query, key, plain, _ = self.augmentation
@@ -1198,11 +1199,11 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.queue.copy_(state["queue"])
             self.queue_y.copy_(state["queue_y"])
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            for name in ("queue_at", "epoch", "evaluated", "elapsed"):
+                setattr(self, name, state[name])
+            self.history = [parts.to(self.device) for parts in state["history"]]
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None
-        for name in ("queue_at", "epoch", "evaluated", "elapsed"):
-            setattr(self, name, state[name])
-        self.history = [parts.to(self.device) for parts in state["history"]]
 
 
 def read_checkpoint(run):

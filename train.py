@@ -30,6 +30,10 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
     sys.exit(2)
 
 
+RANKS = int(os.environ.get("WORLD_SIZE", 1))            # the processes that torchrun started, and which this one is
+RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0
+
+
 # --- settings: a field is a flag ---------------------------------------------------------------
 
 def setting(default, help, choices=None, low=None, high=None):
@@ -189,7 +193,7 @@ ROUNDING = {"device", "compile", "amp", "batchnorm"}    # the run goes on, with 
 
 def say(text):
     """To the user, once: of several processes the first one does."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         print(text, file=sys.stderr)
 
 
@@ -242,7 +246,7 @@ def resumed(given):
             ltcl.require(f.name in ROUNDING, f"{flag(f.name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
                          "or start a new run in another folder")
         say(f"note: {flag(f.name)} goes from {a} to {b}")
-    if state["ranks"] != int(os.environ.get("WORLD_SIZE", 1)):
+    if state["ranks"] != RANKS:
         say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
     return new, state
 
@@ -346,11 +350,10 @@ SAVE_SECONDS = 600                                      # an epoch that takes lo
 
 def make_trainer(config, state=None):
     """The trainer with its data, in the state where there is one."""
-    chief = not dist.is_initialized() or dist.get_rank() == 0
-    if not chief:                                       # the first process may have to download
+    if RANK > 0:                                        # the first process may have to download
         dist.all_reduce(torch.zeros(1))
     data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.size)
-    if chief and dist.is_initialized():
+    if RANK == 0 and RANKS > 1:
         dist.all_reduce(torch.zeros(1))
     trainer = ltcl.Trainer(config, data)
     if state:
@@ -368,10 +371,10 @@ class Run:
         self.out, config = out, replace(config, out=str(out))
         print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
         t = self.trainer = make_trainer(config, state)
-        self.chief, self.records = t.rank == 0, []
+        self.records = []
         self.start = self.saved = self.shown = time.time()
         self.begun = t.epoch + bool(t.history) / 2      # about where the clock starts
-        if self.chief:
+        if RANK == 0:
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -393,7 +396,7 @@ class Run:
 
     def save(self):
         self.saved = time.time()
-        if self.chief:
+        if RANK == 0:
             content = io.BytesIO()
             torch.save(self.trainer.state_dict(), content)
             ltcl.write_whole(self.out / "last.pt", content.getbuffer())
@@ -429,8 +432,8 @@ class Run:
         t.elapsed = 0
         self.records.append(record)
         number = asked_to_stop(self.signals)
-        if self.chief:
-            self.write_log()                            # before last.pt: what is in it twice is trained again
+        if RANK == 0:
+            self.write_log()                            # before last.pt: a kill between them costs an epoch, not its line
         if number or t.epoch % c.save_every == 0 or t.epoch == t.epochs:
             self.save()
         top1 = ("no classifier yet" if record["loss_ce"] is None else "not evaluated" if record["top1"] is None
@@ -447,13 +450,6 @@ class Run:
         with stop_signals() as self.signals:
             while self.trainer.epoch < self.trainer.epochs:
                 self.epoch()
-
-
-def train(config):
-    """Train a new run. Returns the last epoch's record and the trainer."""
-    run = Run(config, run_folder(config))
-    run.train()
-    return run.records[-1], run.trainer
 
 
 def print_table(title, accuracy, counts):
@@ -582,11 +578,12 @@ def settings_text(config):
                     if value != getattr(preset, name) or name == "recipe" and value != "paper")
 
 
-def result_row(config, trainer=None, seconds=0):
-    """A run's row; without a trainer what tells it from others."""
-    row = [config.dataset, f"{config.imb:g}", config.method, settings_text(config), str(config.seed), str(config.epochs)]
-    if trainer is None:
-        return row
+def run_key(config):
+    """The columns by which a run's row is found."""
+    return [config.dataset, f"{config.imb:g}", config.method, settings_text(config), str(config.seed), str(config.epochs)]
+
+
+def result_row(trainer, seconds):
     hardware, commit = f"{torch.get_num_threads()} threads, torch {torch.__version__}", ""
     with contextlib.suppress(OSError, StopIteration):   # Linux alone tells the name of its processor
         hardware = next(line for line in open("/proc/cpuinfo") if "model name" in line).split(": ")[1].strip() + ", " + hardware
@@ -596,7 +593,7 @@ def result_row(config, trainer=None, seconds=0):
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
                                          stderr=subprocess.DEVNULL).strip()
     accuracy = [trainer.evaluated[name] for name in ("top1", "many", "medium", "few")]
-    return row + ["" if a is None else f"{a:.2f}" for a in accuracy] + [f"{seconds:.0f}", hardware, commit]
+    return run_key(trainer.config) + ["" if a is None else f"{a:.2f}" for a in accuracy] + [f"{seconds:.0f}", hardware, commit]
 
 
 def read_results(path):
@@ -666,7 +663,7 @@ class Lost(Exception):
 @contextlib.contextmanager
 def processes(config):
     """Connect with the other processes of the run where torchrun started several; the first one alone prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if RANKS == 1:
         yield
         return
     backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
@@ -678,7 +675,7 @@ def processes(config):
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
         with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere) if dist.get_rank() else contextlib.nullcontext():
+            with contextlib.redirect_stdout(nowhere) if RANK else contextlib.nullcontext():
                 yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection" not in str(error):
@@ -697,8 +694,8 @@ def planned(do, given):
     for seed in do.seeds:
         config = Config.of(**given | dict(seed=seed))
         out = f"{given['out']}-seed{seed}" if given.get("out") else f"runs/{run_name(config)}"
-        if result_row(config) in done:
-            print(f"seed {seed}: {do.results} has it already", file=sys.stderr)
+        if run_key(config) in done:
+            say(f"seed {seed}: {do.results} has it already")
         else:
             runs.append((*resumed(given | dict(seed=seed, out=out)), Path(out)))
     return runs
@@ -707,17 +704,17 @@ def planned(do, given):
 def train_all(do, given):
     runs = planned(do, given)
     with processes(runs[0][0] if runs else Config.of(**given)):
-        chief, rows = not dist.is_initialized() or dist.get_rank() == 0, []
+        rows = []
         for config, state, out in runs:
-            out = out or (run_folder(config) if chief else Path("not this process's"))
+            out = out or (run_folder(config) if RANK == 0 else Path("not this process's"))
             with open(os.devnull, "w") as nowhere:
                 with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
                     run = Run(config, out, state)
                     run.train()
             seconds = sum(r["seconds"] for r in run.records)
             print_result(run.trainer, seconds)
-            rows.append(result_row(config, run.trainer, seconds))
-            if do.results and chief:
+            rows.append(result_row(run.trainer, seconds))
+            if do.results and RANK == 0:
                 add_result(do.results, rows[-1])
         if len(rows) > 1:
             print("\nmean ± standard deviation of " + ", ".join(f"{name} {spread([row[i] for row in rows])}" for i, name in
@@ -741,8 +738,7 @@ def main(argv=None):
         return 0
     except Stopped as stopped:
         number, out = stopped.args
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        program = "python" if ranks == "1" else f"torchrun --nproc_per_node={ranks}"
+        program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
         live("")
         say(f"stopped, all is saved; to go on: {program} train.py --resume --out {out}")
         return 128 + number
