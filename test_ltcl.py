@@ -1400,12 +1400,20 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     last = json.loads((tmp_path / "run-seed1" / "log.jsonl").read_text().splitlines()[-1])
     assert rows[1][6] == f"{last['top1']:.2f}" and rows[1][7] == "" and rows[1][9] == f"{last['few']:.2f}"
     assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0           # nothing left to do
+    assert train.main(["--resume", "--out", str(tmp_path / "run-seed1"), "--quiet", "--results", str(results)]) == 0
+    assert train.read_results(results) == rows          # a run has one row
+    refused(capsys, tmp_path, [*argv, "--seeds", "0", "--results", str(tmp_path / "none" / "results.csv")], "no such folder")
+    with pytest.MonkeyPatch.context() as patch:         # a run beside it adds its row between reading and writing
+        patch.setattr(train, "read_results", lambda path: [])
+        train.add_result(results, ["shapes", "1", "ce", "", "9", *rows[0][5:]])
+    assert [row[4] for row in train.read_results(results)] == ["0", "1", "2", "9"]
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--seed", "1"], "choose one")
     refused(capsys, tmp_path, [*argv, "--seeds", "3", "--resume"], "choose one")
     refused(capsys, tmp_path, [*argv, "--seeds", "x"], "--seeds")
     for bad in ("a,b\n1,2\n", "", "\0"):
         results.write_text(bad)
         refused(capsys, tmp_path, [*argv, "--seeds", "7"], "results.csv")
+        refused(capsys, tmp_path, argv, "results.csv")  # before the training, not after it
         refused(capsys, tmp_path, ["--tables", results], "results.csv")
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
 

@@ -599,6 +599,7 @@ def result_row(trainer, seconds):
 def read_results(path):
     """The rows of a results file, none where there is no such file. Raises InputError."""
     if not Path(path).exists():
+        ltcl.require(Path(path).absolute().parent.is_dir(), f"--results {path}: there is no such folder: make it, or name another file")
         return []
     try:
         with open(path, newline="") as file:
@@ -611,10 +612,17 @@ def read_results(path):
 
 
 def add_result(path, row):
-    rows = read_results(path) + [row]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    ltcl.write_whole(Path(path), text.getvalue().encode())
+    """Append a run's row, unless the file has the run; runs side by side may write into one file."""
+    if row[:6] in [other[:6] for other in read_results(path)]:
+        return say(f"seed {row[4]}: {path} has it already")
+    try:
+        with contextlib.suppress(FileExistsError), open(path, "x", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+        with open(path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+    except OSError as error:
+        raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room, look at its last line; "
+                              "--resume on the run adds its row") from None
 
 
 def spread(values):
@@ -687,10 +695,11 @@ def processes(config):
 
 def planned(do, given):
     """Config, state and folder (None: a new one) of each run that is to be trained."""
+    done = [row[:6] for row in read_results(do.results)] if do.results else []
     if not do.seeds:
         config, state = resumed(given) if do.resume else (Config.of(**given), None)
         return [(config, state, Path(config.out) if do.resume else None)]
-    runs, done = [], [row[:6] for row in read_results(do.results)] if do.results else []
+    runs = []
     for seed in do.seeds:
         config = Config.of(**given | dict(seed=seed))
         out = f"{given['out']}-seed{seed}" if given.get("out") else f"runs/{run_name(config)}"
