@@ -955,6 +955,7 @@ class Trainer:
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
+        self.pairs = {}                                 # see follow
         if c.compile == "on":
             self.net.maps = torch.compile(self.net.maps, dynamic=False)
         self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
@@ -1107,9 +1108,10 @@ class Trainer:
     @torch.no_grad()
     def follow(self, slow, decay):
         """The parameters and buffers of a slow copy take a step towards the trained network's."""
-        pairs = zip(slow.state_dict().values(), self.net.state_dict().values())
-        slow, fast = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-        get_ema_multi_avg_fn(decay)(slow, fast, None)
+        if slow not in self.pairs:                      # once: to collect them takes the host a millisecond
+            pairs = zip(slow.state_dict().values(), self.net.state_dict().values())
+            self.pairs[slow] = list(zip(*[pair for pair in pairs if pair[0].is_floating_point()]))
+        get_ema_multi_avg_fn(decay)(*self.pairs[slow], None)
 
     def reseed(self, *place):
         """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
@@ -1152,7 +1154,7 @@ class Trainer:
     def check(self):
         """Raises InputError when losses or weights are no longer numbers."""
         broken = ~torch.stack(self.history)[:, 0].isfinite().cpu()              # [steps]
-        broken[-1] |= not all(t.isfinite().all() for t in self.net.state_dict().values())
+        broken[-1] |= not torch.stack([t.isfinite().all() for t in self.net.state_dict().values()]).all()
         require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch + 1}, step "
                 f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt is from before")
 
