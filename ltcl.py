@@ -22,6 +22,7 @@ coefficient, is called the contrast weight here).
 import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import signal
@@ -209,7 +210,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return ImageFiles([self.paths[i] for i in rows], self.side)
 
     def __getitem__(self, i):
-        for row in [*range(i, len(self)), *range(i)]:
+        for row in itertools.chain(range(i, len(self)), range(i)):
             try:
                 x = read_picture(self.paths[row])                               # uint8 [3,h,w]
             except Exception:  # whatever PIL raises for a missing, broken or monstrous file
@@ -378,7 +379,9 @@ def draw_shapes(n_train=300, n_test=50, seed=0):
 
 def class_balanced_rows(y, counts, n, rng):
     """n rows drawn with replacement, each class equally likely: y [N] labels, counts [C] -> [n]."""
-    return torch.multinomial(1 / counts[y], n, replacement=True, generator=rng)
+    by_class, first = y.argsort(stable=True), counts.cumsum(0) - counts         # [N] rows; [C] where a class begins there
+    c = torch.randint(len(counts), (n,), generator=rng, device=y.device)        # [n]
+    return by_class[first[c] + (torch.rand(n, generator=rng, device=y.device) * counts[c]).long()]
 
 
 # ---------------------------------------------------------------------------------------
@@ -561,12 +564,18 @@ class Block(nn.Module):
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + shortcut, inplace=True)
+        if self.pad:                                    # fewer places, more channels
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + x, inplace=True)
 
 
 CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
 NETS = [*CIFAR_NETS, "resnet18", "resnet50", "resnext50_32x4d"]
+
+
+def layout(device):
+    """channels_last is a fifth faster; on MPS BatchNorm's backward goes wrong with it (pytorch issue 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def backbone(name):
@@ -610,6 +619,10 @@ class Expert(nn.Module):
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_classes, dim), dim=1))  # PSC's, [C,D]
 
 
+def batchnorms(net):
+    return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 class Hybrid(nn.Module):
     """Backbone, projection heads (feature branch) and linear classifiers (classifier branch).
 
@@ -628,10 +641,12 @@ class Hybrid(nn.Module):
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
         self.amp = amp
+        for m in batchnorms(self):
+            m.num_batches_tracked = None                # nobody reads it, and to count is a launch a layer
 
     def maps(self, x):
         """Each expert's feature map, float32 [B,width,h,w]."""
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = ((x - self.mean) / self.std).contiguous(memory_format=layout(x.device))
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             x = self.early(x)
             maps = [expert.last(x) for expert in self.experts]
@@ -657,13 +672,12 @@ class Hybrid(nn.Module):
 def running_statistics_at_rest(net):
     """BatchNorm layers use a batch's statistics but don't remember them: patches would spoil
     what the evaluation of whole images relies on."""
-    layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in layers:
+    for m in batchnorms(net):
         m.track_running_stats = False
     try:
         yield
     finally:
-        for m in layers:
+        for m in batchnorms(net):
             m.track_running_stats = True
 
 
@@ -934,7 +948,7 @@ class Trainer:
         self.aug = {"auto": "crop" if in_memory else "resized"}.get(c.aug, c.aug)
         self.augmentation = AUGMENTATIONS[self.aug]
         self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])    # C, [C]
-        self.class_size = self.counts.float().to(self.device)                                   # [C]
+        self.class_size = self.counts.to(self.device)           # [C]
         sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
         # a picture of any size is resized and its middle cut out to be evaluated; views have that size too
@@ -952,7 +966,7 @@ class Trainer:
         if c.batchnorm == "sync":
             require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        self.net = net.to(self.device, memory_format=torch.channels_last)
+        self.net = net.to(self.device, memory_format=layout(self.device))
         self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
         self.pairs = {}                                 # see follow
@@ -966,10 +980,14 @@ class Trainer:
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.forward = self.losses
-        if self.ranks > 1:                              # which weights an epoch leaves out changes on the way
+        for e in net.experts:                           # or DistributedDataParallel waits for the gradients of what isn't used
+            e.head.requires_grad_(c.method != "ce")
+            e.prototypes.requires_grad_(c.method == "psc")
+        if self.ranks > 1:                              # agree() shares the buffers; the second stage leaves out the first's weights
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
-            self.forward = nn.parallel.DistributedDataParallel(hybrid, find_unused_parameters=True)
+            self.forward = nn.parallel.DistributedDataParallel(
+                hybrid, broadcast_buffers=False, find_unused_parameters=c.curriculum == "two-stage")
 
     def images(self, x, plan):
         """The images of each batch of rows in plan, uint8 [n,3,H,W] on the device, with the rows
@@ -977,15 +995,16 @@ class Trainer:
         if isinstance(x, torch.Tensor):
             yield from ((x[rows], rows) for rows in plan)
             return
+        plan = [rows.cpu() for rows in plan]            # once: no step waits for the device
         loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
                                              num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
                                              worker_init_fn=leave_signals_to_the_trainer)
         for (pixels, rows), asked in zip(loader, plan):
             known = self.unreadable.setdefault(x, set())
-            new = {x.paths[i] for i in asked.cpu()[rows != asked.cpu()].tolist()} - known
+            new = {x.paths[i] for i in asked[rows != asked].tolist()} - known
             known |= new
             report_unreadable(new, known, len(x))
-            yield pixels.to(self.device, non_blocking=True), rows.to(self.device)
+            yield pixels.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
 
     def contrast_loss(self, q, k, y, prototypes, queue):
         """Of one expert's embeddings of two views, [N,D] each. Every view is an anchor once, but
@@ -995,8 +1014,9 @@ class Trainer:
             return sc_loss(z, yy, c.tau)
         if c.method == "psc":
             return psc_loss(z, yy, prototypes, c.tau)
-        loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
-        return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
+        memory = (queue, self.queue_y) if c.queue else (None, None)
+        loss = dscl_loss(q, k, y, *memory, c.alpha, c.tau)
+        return loss if c.ema else (loss + dscl_loss(k, q, y, *memory, c.alpha, c.tau)) / 2
 
     def patch_loss(self, view, maps, keys):
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
@@ -1148,8 +1168,9 @@ class Trainer:
     def agree(self):
         """Losses become the mean of all processes, BatchNorm's running statistics those of the first."""
         self.history = list(gather(torch.stack(self.history)[None]).mean(0))
-        for buffer in self.net.buffers():
-            dist.broadcast(buffer, 0)
+        for net in (self.net, self.averaged) if self.averaged else (self.net,):
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
 
     def check(self):
         """Raises InputError when losses or weights are no longer numbers."""
@@ -1161,15 +1182,14 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
-        net = self.averaged or self.net.eval()
-        plan = torch.arange(len(self.y_test)).split(500)[self.rank::self.ranks]
-        predicted, y = [self.y_test[:0]], [self.y_test[:0]]
+        net, found = self.averaged or self.net.eval(), []
+        plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            x = center_crop(x, self.size)               # [500,3,H,W]
-            known = (rows.cpu() == asked)               # all but files that can't be read
-            predicted.append(net(x.float() / 255).argmax(1).cpu()[known])
-            y.append(self.y_test[asked][known])
-        found = [(torch.cat(predicted), torch.cat(y))] * self.ranks
+            predicted = net(center_crop(x, self.size).float() / 255).argmax(1)                  # [500]
+            found.append(torch.stack([predicted, rows, asked]))                                 # [3,500]
+        predicted, rows, asked = torch.cat(found, 1).cpu() if found else torch.zeros(3, 0).long()
+        known = rows == asked                           # all but files that can't be read
+        found = [(predicted[known], self.y_test[asked[known]])] * self.ranks
         if self.ranks > 1:
             dist.all_gather_object(found, found[0])
         self.evaluated = accuracy(*map(torch.cat, zip(*found)), self.counts)
