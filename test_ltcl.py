@@ -1403,6 +1403,8 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert train.main(["--resume", "--out", str(tmp_path / "run-seed1"), "--quiet", "--results", str(results)]) == 0
     assert train.read_results(results) == rows          # a run has one row
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--results", str(tmp_path / "none" / "results.csv")], "no such folder")
+    refused(capsys, tmp_path, [*argv, "--seeds", "1", "--tau", "0.2"], "--tau is 0.2, but the run in")   # never another's settings
+    refused(capsys, tmp_path, [*(a for a in argv if a not in ("--lr", "0.05")), "--seeds", "1"], "--lr is 0.5, but the run in")
     with pytest.MonkeyPatch.context() as patch:         # a run beside it adds its row between reading and writing
         patch.setattr(train, "read_results", lambda path: [])
         train.add_result(results, ["shapes", "1", "ce", "", "9", *rows[0][5:]])
@@ -1416,6 +1418,13 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         refused(capsys, tmp_path, argv, "results.csv")  # before the training, not after it
         refused(capsys, tmp_path, ["--tables", results], "results.csv")
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
+
+
+def test_runs_side_by_side_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = train.Config.of(dataset="shapes")
+    folders = [train.make_folder(config, None) for _ in range(3)]
+    assert len({*folders}) == 3 and all(folder.is_dir() for folder in folders)
 
 
 def test_tables():

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -140,8 +141,8 @@ PRESETS = {
     ("imagenet_lt", "dscl"): MEMORY,
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
     ("inat18", "dscl"): MEMORY,
-    "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, lr=0.15, weight_decay=5e-4,
-                   schedule="cosine"),
+    "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, schedule="cosine",
+                   lr=0.3, weight_decay=2.5e-4),    # constant halves both losses: as lr 0.15 and 5e-4 with weights of 1 are
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
@@ -288,15 +289,26 @@ def run_name(config):
     return f"{Path(config.dataset).stem}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
 
 
-def run_folder(config):
-    """The folder for a new run. Raises InputError where it holds one already."""
-    if not config.out:
-        return next(out for n in range(1, 10 ** 6) if not (out := Path("runs") / f"{run_name(config)}-{n}").exists())
-    out = Path(config.out)
+def check_folder(out):
+    """Raises InputError where the folder of a new run holds one already."""
     ltcl.require(not any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")),
                  f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
     ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a folder")
-    return out
+
+
+def make_folder(config, out):
+    """The folder of the run: out, or a new one below runs/, which runs started side by side don't share."""
+    try:
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        for n in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                out = Path("runs") / f"{run_name(config)}-{n}"
+                out.mkdir(parents=True)
+                return out
+    except OSError as error:
+        raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
 
 
 def read_log(out):
@@ -355,6 +367,7 @@ def make_trainer(config, state=None):
     data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.size)
     if RANK == 0 and RANKS > 1:
         dist.all_reduce(torch.zeros(1))
+    torch.backends.cudnn.benchmark = True               # a run's batches are all of one shape
     trainer = ltcl.Trainer(config, data)
     if state:
         trainer.load_state_dict(state)
@@ -364,23 +377,21 @@ def make_trainer(config, state=None):
 class Run:
     """A trainer and its folder: config.json, log.jsonl (an object an epoch), views.png and last.pt.
 
-    config, out: the settings and the folder.  state: what last.pt held, to go on from there.
+    config, out: the settings and the folder, None for a new one.  state: what last.pt held, to go on from there.
     """
 
     def __init__(self, config, out, state=None):
-        self.out, config = out, replace(config, out=str(out))
         print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
         t = self.trainer = make_trainer(config, state)
         self.records = []
         self.start = self.saved = self.shown = time.time()
         self.begun = t.epoch + bool(t.history) / 2      # about where the clock starts
+        self.out = out
         if RANK == 0:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
+            self.out = out = make_folder(config, out)
+            t.config.out = str(out)
             self.records = [r for r in read_log(out) if r["epoch"] <= t.epoch]
-            ltcl.write_whole(out / "config.json", json.dumps(asdict(config), indent=1).encode())
+            ltcl.write_whole(out / "config.json", json.dumps(asdict(t.config), indent=1).encode())
             self.write_log()
             if not state:
                 save_views(t, out / "views.png")
@@ -698,7 +709,10 @@ def planned(do, given):
     done = [row[:6] for row in read_results(do.results)] if do.results else []
     if not do.seeds:
         config, state = resumed(given) if do.resume else (Config.of(**given), None)
-        return [(config, state, Path(config.out) if do.resume else None)]
+        out = Path(config.out) if config.out else None
+        if out and not do.resume and RANK == 0:
+            check_folder(out)
+        return [(config, state, out)]
     runs = []
     for seed in do.seeds:
         config = Config.of(**given | dict(seed=seed))
@@ -706,7 +720,7 @@ def planned(do, given):
         if run_key(config) in done:
             say(f"seed {seed}: {do.results} has it already")
         else:
-            runs.append((*resumed(given | dict(seed=seed, out=out)), Path(out)))
+            runs.append((*resumed(asdict(replace(config, out=out))), Path(out)))
     return runs
 
 
@@ -715,7 +729,6 @@ def train_all(do, given):
     with processes(runs[0][0] if runs else Config.of(**given)):
         rows = []
         for config, state, out in runs:
-            out = out or (run_folder(config) if RANK == 0 else Path("not this process's"))
             with open(os.devnull, "w") as nowhere:
                 with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
                     run = Run(config, out, state)
