@@ -10,7 +10,8 @@ table of accuracy by class size, on a CPU or a GPU (what was measured: README):
     AAAI 2024, arXiv 2403.06151.
 [S] Khosla et al. Supervised Contrastive Learning. NeurIPS 2020 (the SC loss).
 
-It reads from top to bottom: data, views, networks, losses, curriculum, trainer.
+It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what is
+not the method, as reading files and drawing the embedded data, is an appendix.
 
 Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1.  y: labels.
 tau: temperature.  N: images a batch.  B: rows (the views of all images, stacked).
@@ -67,29 +68,28 @@ def long_tail_counts(n_max, num_classes, imb):
     return [int(n_max * imb ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
+def draw_of_each_class(labels, counts, seed=0):
+    """Rows of counts[c] images of each class c, or of all it has: int64 array. Each class's rows are shuffled by
+    numpy's legacy stream, carried from class to class, and the first taken: every CIFAR-LT paper's split is seed 0."""
+    rng = np.random.RandomState(seed)  # a stream of our own: numpy's global one stays untouched
+    return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:n_c] for c, n_c in enumerate(counts)])
+
+
 def long_tail_indices(labels, imb, seed=0):
     """Rows of the long-tailed subset of a labelled set, grouped by class: int64 array.
 
     labels: [N] integers 0..C-1. Classes keep their order: 0 is the head, C-1 the tail.
-    Each class's rows are shuffled by numpy's legacy stream, carried from class to class,
-    and its first n_c kept: the split that every CIFAR-LT paper uses has seed 0.
-    A class with fewer than n_c images keeps them all. Raises InputError for imb < 1,
-    and where a class would keep no image.
+    Raises InputError for imb < 1, and where a class would keep no image.
     """
-    labels = np.asarray(labels)
     sizes = np.bincount(labels)
-    rng = np.random.RandomState(seed)  # a stream of our own: numpy's global one stays untouched
-    kept = []
-    for c, n_c in enumerate(long_tail_counts(sizes.max(), len(sizes), imb)):
-        require(n_c > 0, f"--imb {imb:g} leaves class {c} no image: take at most {sizes.max()}, the largest class's size")
-        rows = np.flatnonzero(labels == c)
-        rng.shuffle(rows)
-        kept.append(rows[:n_c])
-    return np.concatenate(kept)
+    counts = long_tail_counts(sizes.max(), len(sizes), imb)
+    require(min(counts) > 0, f"--imb {imb:g} leaves class {counts.index(min(counts))} no image: "
+            f"take at most {sizes.max()}, the largest class's size")
+    return draw_of_each_class(np.asarray(labels), counts, seed)
 
 
 @dataclass
-class Dataset:
+class Dataset:  # made by load_dataset, in the appendix
     x_train: torch.Tensor  # uint8 [N,3,H,W], or ImageFiles
     y_train: torch.Tensor  # int64 [N], 0..C-1
     x_test: torch.Tensor   # uint8 [M,3,H,W], or ImageFiles
@@ -100,281 +100,19 @@ class Dataset:
 def hold_out(data, share):
     """The data with a share of each training class as its test set: to choose settings by, so that the real
     test set stays unseen. Raises InputError where a class has too few images."""
-    rng, y = np.random.RandomState(0), data.y_train.numpy()
-    rows = [rng.permutation(np.flatnonzero(y == c)) for c in range(len(data.class_names))]
-    n = [math.ceil(share * len(r)) for r in rows]
-    short = next((c for c, r in enumerate(rows) if n[c] >= len(r)), None)
-    require(short is None, f"--holdout {share:g} leaves class {short} no training image: it needs two or more of each class")
-    test, kept = (torch.from_numpy(np.sort(np.concatenate(part))) for part in (
-        [r[:k] for r, k in zip(rows, n)], [r[k:] for r, k in zip(rows, n)]))
-    return Dataset(take(data.x_train, kept), data.y_train[kept], take(data.x_train, test), data.y_train[test], data.class_names)
+    x, y, sizes = data.x_train, data.y_train, torch.bincount(data.y_train).tolist()
+    counts = [math.ceil(share * n) for n in sizes]
+    short = [c for c, n in enumerate(sizes) if counts[c] >= n]
+    require(not short, f"--holdout {share:g} leaves class {min(short, default=0)} no training image: "
+            "it needs two or more of each class")
+    held = torch.zeros(len(y), dtype=torch.bool)
+    held[draw_of_each_class(y.numpy(), counts)] = True
+    kept, test = torch.where(~held)[0], torch.where(held)[0]
+    return Dataset(take(x, kept), y[kept], take(x, test), y[test], data.class_names)
 
 
 def take(x, rows):
-    return x[rows] if isinstance(x, torch.Tensor) else x.subset(rows)
-
-
-FILE_SETS = "folder", "imagenet_lt", "inat18"
-
-
-def load_dataset(name, root="data", train_list="", test_list="", size=224):
-    """A Dataset by name. Raises InputError for whatever cannot be read or used.
-
-    shapes: drawn here.  cifar10, cifar100: read from root/<name>.npz; where that is missing,
-    torchvision downloads them and the file is written.  The path of an .npz: its arrays x_train,
-    y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
-    folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
-    files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
-    Files are read in training, for views of size x size pixels.
-    """
-    if name == "shapes":
-        return draw_shapes()
-    if name in FILE_SETS:
-        return load_files(Path(root), train_list, test_list, size)
-    require(name in ("cifar10", "cifar100") or name.endswith(".npz"), f"unknown data set {name!r}: choose shapes, "
-            f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file")
-    path = Path(name) if name.endswith(".npz") else Path(root) / f"{name}.npz"
-    if not path.exists() and not name.endswith(".npz"):
-        download_cifar(name, path)
-    return read_npz(path)
-
-
-def check_labels(where, y_train, y_test, names=None):
-    """The class names, where both label arrays hold all classes 0..C-1; InputError otherwise."""
-    for part, y in (("training", y_train), ("test", y_test)):
-        require(len(y) > 0 and y.min() >= 0, f"{where}: the {part} labels are none or negative: classes are 0, 1, 2...")
-    C = int(y_train.max()) + 1
-    require(C > 1, f"{where}: there is one class alone: at least two are needed")
-    require(y_test.max() < C, f"{where}: test label {y_test.max()}, but the training labels end at {C - 1}: "
-            "number the classes 0..C-1")
-    for part, y in (("training", y_train), ("test", y_test)):
-        empty = np.flatnonzero(np.bincount(y, minlength=C) == 0)
-        require(not len(empty), f"{where}: class {empty[:1].sum()} has no {part} image: remove it and renumber the others")
-    names = [str(name) for name in (range(C) if names is None else names)]
-    require(len(names) == C, f"{where}: {len(names)} class_names for {C} classes: give one for each")
-    return names
-
-
-def read_npz(path):
-    """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
-    try:
-        with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
-            arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the path of an .npz file") from None
-    except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
-        raise InputError(f"{path} cannot be read as plain arrays ({error}): write it anew with numpy.savez, "
-                         "class_names as strings") from None
-    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
-    require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test")
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        require(x.dtype == np.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3) and x.shape[1] * x.shape[2],
-                f"{path}: x_{part} is {x.dtype} {list(x.shape)}: images are uint8 [N,H,W,3] or [N,H,W]")
-        require(np.issubdtype(y.dtype, np.integer) and y.shape == x.shape[:1],
-                f"{path}: y_{part} is {y.dtype} {list(y.shape)}: labels are integers, one for each of {len(x)} images")
-    require(arrays["x_train"].shape[1:3] == arrays["x_test"].shape[1:3],
-            f"{path}: training and test images differ in size: resize them to one")
-    labels = [arrays[key].astype(np.int64) for key in ("y_train", "y_test")]
-    names = check_labels(path, *labels, arrays.get("class_names"))
-    images = [torch.from_numpy(a if a.ndim == 4 else np.stack([a] * 3, 3)).permute(0, 3, 1, 2).contiguous()
-              for a in (arrays["x_train"], arrays["x_test"])]
-    return Dataset(images[0], torch.from_numpy(labels[0]), images[1], torch.from_numpy(labels[1]), names)
-
-
-def read_picture(file):
-    """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
-    white. Raises what PIL raises."""
-    with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I") and picture.getextrema()[1] > 255:      # 16 bits of grey: PIL would cut them off
-            picture = picture.point(lambda v: v / 256).convert("L")
-        if "A" in picture.mode or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return pil_to_tensor(picture.convert("RGB"))
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files of any size and kind as uint8 [3,side,side]: the shorter side resized, the middle
-    cut out. side None: as they are. Item i is (pixels, row); row is i, or where file i cannot be
-    read, that of the next one that can, whose pixels these are."""
-
-    def __init__(self, paths, side):
-        self.paths, self.side = paths, side
-
-    def __len__(self):
-        return len(self.paths)
-
-    def subset(self, rows):
-        return ImageFiles([self.paths[i] for i in rows], self.side)
-
-    def __getitem__(self, i):
-        for row in itertools.chain(range(i, len(self)), range(i)):
-            try:
-                x = read_picture(self.paths[row])                               # uint8 [3,h,w]
-            except Exception:  # whatever PIL raises for a missing, broken or monstrous file
-                continue
-            return (x if self.side is None else center_crop(resize(x, self.side), self.side)), row
-        raise InputError(f"none of {len(self)} image files can be read, {self.paths[i]} for one: look at them")
-
-
-def report_unreadable(new, known, total):
-    """Name newly met image files that are left out. Raises InputError when several, and over 1 % of all, are known."""
-    for path in sorted(new):
-        print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
-    require(len(known) <= max(1, 0.01 * total), f"{len(known)} of {total} image files cannot be read, more than 1 %: "
-            "mend or remove those named above")
-
-
-def into_memory(files, y):
-    """Small images of one size as a tensor and their labels; None for any others."""
-    pixels, rows = [], []
-    for i in range(len(files)):
-        x, row = files[i]
-        if max(x.shape) > 64 or pixels and x.shape != pixels[0].shape:
-            return None
-        if row == i:
-            pixels.append(x)
-            rows.append(i)
-    bad = {*files.paths} - {files.paths[i] for i in rows}
-    report_unreadable(bad, bad, len(files))
-    return torch.stack(pixels), y[rows]
-
-
-def read_list(path, root):
-    """The image paths and labels of a list file with lines "path label". Raises InputError."""
-    path = path if path.exists() else root / path
-    require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
-    rows = []
-    for n, line in enumerate(path.read_text().splitlines(), 1):
-        name, _, label = line.strip().rpartition(" ")
-        require(name and label.isdecimal(), f"{path}, line {n}: {line!r} is not a path and a class number")
-        rows.append((str(root / name), int(label)))
-    return rows
-
-
-def load_files(root, train_list, test_list, size):
-    """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
-    if train_list or test_list:
-        rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
-    else:
-        held_out = next((p for p in (root / "val", root / "test") if p.is_dir()), root / "val")
-        for folder in (root / "train", held_out):
-            require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
-                    "and val/<class>/* (or test)")
-        try:
-            train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
-        except FileNotFoundError as error:              # an empty class folder
-            raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
-        different = set(train.classes) ^ set(test.classes)
-        require(not different, f"{root}: class {min(different, default='')!r} is in one of train and {held_out.name} alone: "
-                "both need the same class folders")
-        rows, names = [train.samples, test.samples], train.classes
-    files = [ImageFiles([path for path, _ in part], None) for part in rows]
-    labels = [torch.tensor([label for _, label in part], dtype=torch.int64) for part in rows]
-    names = check_labels(root, *(y.numpy() for y in labels), names)
-    train = into_memory(files[0], labels[0])
-    test = train and into_memory(files[1], labels[1])
-    if test and train[0].shape[1:] == test[0].shape[1:]:
-        check_labels(root, train[1].numpy(), test[1].numpy(), names)
-        return Dataset(*train, *test, names)
-    side = size * 8 // 7                                # 256 for views of 224
-    return Dataset(ImageFiles(files[0].paths, side), labels[0], ImageFiles(files[1].paths, side), labels[1], names)
-
-
-def write_whole(path, content):
-    """Write bytes under another name, flush and rename: path is the old file or the new one, never half of one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({error.strerror}): make room or choose another folder; "
-                         "what was there before is whole") from None
-
-
-def download_cifar(name, path):
-    """Download CIFAR-10 or -100 through torchvision and keep it as one .npz file."""
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    with tempfile.TemporaryDirectory() as folder:       # a broken download leaves nothing behind
-        try:
-            train, test = (kind(folder, train=flag, download=True) for flag in (True, False))
-        except Exception as error:  # offline, a server's refusal, a checksum: torchvision raises all kinds
-            raise InputError(f"{name} could not be downloaded ({error}): get online, or put {name}.npz "
-                             f"(x_train, y_train, x_test, y_test) at {path}") from None
-    content = io.BytesIO()
-    np.savez(content, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
-             class_names=train.classes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content.getbuffer())
-
-
-# The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
-# different pairs in which every outline and every texture belongs to head and tail classes
-# alike. What a tail class looks like can be learnt from the head, as [D] claims of real data.
-
-OUTLINES, TEXTURES = ("disc", "square", "triangle", "cross", "ring"), ("plain", "striped", "checked", "target")
-
-
-def paint_shape(canvas, outline, texture, colours, centre, scale, angle):
-    """One shape onto each image: canvas [B,3,S,S] and colours [B,2,3] in 0..1, outline and texture
-    [B] numbers, centre [B,2] and scale [B] in halves of the image, angle [B] in radians."""
-    S, pick = canvas.shape[-1], torch.arange(len(canvas))
-    grid = (torch.arange(S, dtype=torch.float64) + 0.5) * 2 / S - 1         # [S]
-    centre, scale, angle = centre[..., None, None], scale[:, None, None], angle[:, None, None]
-    x, y = (grid - centre[:, 0]) / scale, (grid[:, None] - centre[:, 1]) / scale
-    x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x  # [B,S,S] the shape's own axes
-    r, ax, ay = (x * x + y * y).sqrt(), x.abs(), y.abs()
-    distance = torch.stack([                            # to the outline, negative inside; in OUTLINES' order
-        r - 0.9,
-        torch.maximum(ax, ay) - 0.8,
-        torch.maximum(0.87 * ax + 0.5 * y, -y) - 0.55,
-        torch.maximum(torch.minimum(ax, ay) - 0.3, torch.maximum(ax, ay) - 0.95),
-        (r - 0.65).abs() - 0.28,
-    ])[outline, pick]                                   # [B,S,S]
-    second = torch.stack([                              # where the second colour goes; in TEXTURES' order
-        r < 0,
-        (10 * x).sin() > 0,
-        (8 * x).sin() * (8 * y).sin() > 0,
-        (13 * r).sin() > 0,
-    ])[texture, pick]                                   # [B,S,S]
-    colour = torch.where(second[:, None], colours[:, 1, :, None, None], colours[:, 0, :, None, None])  # [B,3,S,S]
-    inside = (0.5 - distance * scale * S / 2).clamp(0, 1)[:, None]          # [B,1,S,S] soft at the edge
-    return canvas + (colour - canvas) * inside
-
-
-def draw_shapes(n_train=300, n_test=50, seed=0):
-    """The embedded data set: 20 classes, n_train and n_test images each, 32 x 32. The same
-    pixels everywhere: numpy's legacy stream never changes, and float64 leaves rounding no say."""
-    rng = np.random.RandomState(seed)
-
-    def draw(labels):                                   # [B] -> uint8 [B,3,32,32]
-        B = len(labels)
-
-        def uniform(low, high, *shape):
-            return torch.from_numpy(rng.uniform(low, high, (B, *shape)))
-
-        background = uniform(0, 1, 3)                   # [B,3]
-        canvas = background[:, :, None, None].expand(B, 3, 32, 32)
-        clutter = (torch.from_numpy(rng.randint(len(kind), size=B)) for kind in (OUTLINES, TEXTURES))
-        canvas = paint_shape(canvas, *clutter, uniform(0, 1, 2, 3), uniform(-1, 1, 2),
-                             uniform(0.15, 0.35), uniform(0, 2 * math.pi))
-        contrast = torch.tensor([[1 / 3], [2 / 3]], dtype=torch.float64)    # away from the background
-        colours = (background[:, None] + contrast + uniform(-0.15, 0.15, 2, 3)) % 1
-        canvas = paint_shape(canvas, labels % 5, labels % 4, colours, uniform(-0.08, 0.08, 2),
-                             uniform(0.65, 0.85), uniform(-0.2, 0.2))
-        noisy = canvas + uniform(-0.05, 0.05, 3, 32, 32)
-        return (noisy * 255).round().clamp(0, 255).to(torch.uint8)
-
-    y_train, y_test = (torch.arange(20).repeat_interleave(n) for n in (n_train, n_test))
-    x_train, x_test = (torch.cat([draw(part) for part in y.split(500)]) for y in (y_train, y_test))
-    names = [f"{TEXTURES[c % 4]} {OUTLINES[c % 5]}" for c in range(20)]
-    return Dataset(x_train, y_train, x_test, y_test, names)
+    return x[rows] if isinstance(x, torch.Tensor) else ImageFiles([x.paths[i] for i in rows], x.side)
 
 
 def class_balanced_rows(y, counts, n, rng):
@@ -412,9 +150,9 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
 
 
 def cut(x, boxes, size, cells=1.0, samples=-1):
-    """The boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size]. cells:
-    cells of x a pixel of the boxes. aligned=True puts boxes on pixels and on cells at the same place.
-    samples: taken a side of an output pixel; -1: one for each pixel that it covers."""
+    """The boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size].
+    cells: how many cells of x one pixel of the boxes spans (1/4 at stride 4); aligned=True puts boxes on
+    pixels and on cells at the same place. samples: points along a side of an output pixel; -1: as many as it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
     return torchvision.ops.roi_align(x.float(), torch.cat([image[:, None], boxes.flatten(0, 1)], 1), size,
                                      spatial_scale=cells, sampling_ratio=samples, aligned=True)
@@ -445,13 +183,14 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
     [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
     turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
-    bright = luma(x.device).expand(3, 3)                # [3,3] colour -> its grey
-    turn = (eye.roll(-1, 1) - eye.roll(1, 1)) / math.sqrt(3)                    # [3,3] across the grey axis
-    turned = hue.cos() * eye + hue.sin() * turn + (1 - hue.cos()) / 3           # [B,3,3]
-    colour = (1 + b) * (1 + c) * turned @ ((1 + s) * eye - s * bright)          # [B,3,3]
-    colour = torch.lerp(colour, bright @ colour, grey)                          # [B,3,3]
-    shift = -c * (1 + b) * (bright[:1] @ x.mean((2, 3))[:, :, None])              # [B,1,1] of contrast
-    return torch.baddbmm(shift, colour, x.flatten(2)).view_as(x).clamp_(0, 1)
+    to_grey = luma(x.device).expand(3, 3)                                       # [3,3] a colour to its grey
+    cross = (eye.roll(-1, 1) - eye.roll(1, 1)) / math.sqrt(3)                   # [3,3] cross product with the grey axis
+    turn = hue.cos() * eye + hue.sin() * cross + (1 - hue.cos()) / 3            # [B,3,3] about it (Rodrigues' formula)
+    saturate = (1 + s) * eye - s * to_grey                                      # [B,3,3] away from the pixel's grey
+    matrix = (1 + b) * (1 + c) * turn @ saturate                                # [B,3,3]
+    matrix = torch.lerp(matrix, to_grey @ matrix, grey)                         # [B,3,3]
+    shift = -c * (1 + b) * (to_grey[:1] @ x.mean((2, 3))[:, :, None])           # [B,1,1] from the image's mean grey
+    return torch.baddbmm(shift, matrix, x.flatten(2)).view_as(x).clamp_(0, 1)
 
 
 def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
@@ -470,11 +209,11 @@ def random_change(x, rng):
     turn, shear_x, shear_y, shift_x, shift_y, brightness, contrast, saturation, solarize, posterize = (
         strength * (kind == i) for i in range(10))      # [B,1,1] each, in -1..1
     angle = turn * math.pi / 6                          # up to 30 degrees; shear and shift up to 0.3 of the side
-    affine = torch.cat([torch.cat([angle.cos(), 0.3 * shear_x - angle.sin(), 0.6 * shift_x], 2),
-                        torch.cat([0.3 * shear_y + angle.sin(), angle.cos(), 0.6 * shift_y], 2)], 1)    # [B,2,3]
+    affine = torch.cat([angle.cos(), 0.3 * shear_x - angle.sin(), 0.6 * shift_x,
+                        0.3 * shear_y + angle.sin(), angle.cos(), 0.6 * shift_y], 1).view(-1, 2, 3)     # [B,2,3]
     x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), align_corners=False)
     x = recolour(x, *(0.9 * change for change in (brightness, contrast, saturation)), 0 * strength)
-    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # what is brighter than a threshold, upside down
+    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # invert what is brighter than a threshold
     levels = 2 ** (8 - 4 * posterize.abs()[..., None])                          # [B,1,1,1] of 256, down to 16
     return torch.where(posterize[..., None] != 0, (x * levels).floor() / levels, x)
 
@@ -496,7 +235,7 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
     weight = torch.softmax(-t ** 2 / (2 * (sigma[0] + (sigma[1] - sigma[0]) * u) ** 2), 1)  # [B,T]
     weight = torch.where(chosen < p, weight, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,T]
-    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # a channel an image's colour
+    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colour is a channel
     x = F.conv2d(F.conv2d(x, weight[:, None, :, None], groups=3 * B), weight[:, None, None, :], groups=3 * B)
     return x.view(B, 3, H, W)
 
@@ -506,41 +245,37 @@ def crop_view(x, rng, size=None):
     return random_grayscale(random_flip(random_crop(x, rng), rng) / 255, rng)
 
 
-def crop_patch_view(x, rng):                            # to patches what [H]'s augmentation is to images
-    return random_grayscale(random_flip(x, rng), rng)
-
-
 def resized_view(x, rng, size):
     """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
     flip = torch.rand(len(x), 1, 1, generator=rng, device=x.device) < 0.5       # [B,1,1]
     x1, y1, x2, y2 = boxes.unbind(2)                                            # [B,1] each
-    mirrored = torch.where(flip, torch.stack([x2, y1, x1, y2], 2), boxes)       # [B,1,4] from right to left: no copy
+    mirrored = torch.where(flip, torch.stack([x2, y1, x1, y2], 2), boxes)       # [B,1,4] read from x2 to x1: no copy
     return cut(x, mirrored, size, samples=1).div_(255)                          # more samples can't go backwards
 
 
 def query_view(x, rng, size):                           # [D, settings], as are the next two
-    return random_blur(random_jitter(resized_view(x, rng, size), rng), rng)
+    return random_blur(colour_view(x, rng, size), rng)
 
 
 def key_view(x, rng, size):
     return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1, grey=0)
 
 
-def strong_view(x, rng, size=None):                     # the classifier's, as strong as in the records' recipe
-    return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
-
-
-def colour_view(x, rng, size):                          # the contrastive ones beside it
-    return random_jitter(resized_view(x, rng, size), rng)
-
-
 def patch_view(x, rng):
     return random_blur(random_jitter(random_flip(x, rng), rng), rng)
 
 
+def colour_view(x, rng, size):                          # the records' recipe: the contrastive views,
+    return random_jitter(resized_view(x, rng, size), rng)
+
+
+def strong_view(x, rng, size=None):                     # and the classifier's
+    return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
+
+
 AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to a patch
-    "crop": (crop_view, crop_view, crop_view, crop_patch_view),
+    "crop": (crop_view, crop_view, crop_view, lambda x, rng: random_grayscale(random_flip(x, rng), rng)),
     "resized": (query_view, key_view, resized_view, patch_view),
     "strong": (colour_view, colour_view, strong_view, patch_view),
 }
@@ -550,23 +285,12 @@ AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to
 # 3. Networks: one backbone, two heads [H]
 # ---------------------------------------------------------------------------------------
 
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, option A)."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.stride, self.pad = stride, (c_out - c_in) // 2
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        if self.pad:                                    # fewer places, more channels
-            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x, inplace=True)
+def block(c_in, c_out, stride):
+    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, option A): every second pixel, new
+    channels zero."""
+    pad = (c_out - c_in) // 2
+    shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, pad, pad)))
+    return torchvision.models.resnet.BasicBlock(c_in, c_out, stride, shortcut if stride > 1 else None)
 
 
 CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
@@ -590,7 +314,7 @@ def backbone(name):
         return early, [last], net.fc.in_features
     n = (CIFAR_NETS[name] - 2) // 6
     widths = [16] * (n + 1) + [32] * n + [64] * n
-    blocks = [Block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
+    blocks = [block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
     layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), *blocks]
     for m in nn.Sequential(*layers).modules():
         if isinstance(m, nn.Conv2d):
@@ -692,7 +416,7 @@ def running_statistics_at_rest(net):
 #
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
 # compute in float32 also inside autocast: at tau 0.07 a bfloat16 similarity is 4 % off in the
-# gradient. What is no candidate gets the smallest finite similarity: -inf would turn a row
+# gradient. Rows that are no candidates get the smallest finite similarity: -inf would turn a row
 # without candidates NaN. Means over positives come from the sums of whole classes, and the
 # logsumexp of many rows goes in blocks: both save memory and time, and neither changes the value.
 # ---------------------------------------------------------------------------------------
@@ -709,14 +433,14 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         slot = torch.searchsorted(y.sort().values, y)                              # [B] one for each class in the batch
-        size = torch.zeros_like(z[:, 0]).index_add(0, slot, torch.ones_like(z[:, 0]))[slot]   # [B] |P_i| + 1
-        total = torch.zeros_like(z).index_add(0, slot, z)[slot]                    # [B,D] of the class: no B x B mask
-        target = (total - z) / (size - 1).clamp(min=1)[:, None]                    # [B,D]
-        row = torch.arange(len(z), device=z.device)                                # [B] itself is no candidate:
-        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
+        rows = F.pad(z, (0, 1), value=1)                                           # [B,D+1] a column of ones, to count
+        others = torch.zeros_like(rows).index_add(0, slot, rows)[slot] - rows      # [B,D+1] sum over P_i: no B x B mask
+        P = others[:, -1]                                                          # [B] |P_i|
+        s_class = (z * others[:, :-1]).sum(1) / P.clamp(min=1) / tau               # [B] mean over P_i
+        anchor = torch.arange(len(z), device=z.device)                             # [B] itself is no candidate:
+        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == anchor, torch.finfo(z.dtype).min) for i in anchor.split(512)]
         candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] by 512 rows: memory
-        loss = candidates - (z * target).sum(1) / tau                              # [B]
-        return torch.where(size > 1, loss, 0).sum() / (size > 1).sum().clamp(min=1)
+        return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
 
 
 def psc_loss(z, y, prototypes, tau=0.1):
@@ -755,27 +479,27 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     """
     if (queue is None) != (queue_y is None):
         raise ValueError("dscl_loss takes queue and queue_y together")
+    if queue is None:
+        queue, queue_y = q[:0], y[:0]
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
-        k, one, lowest = k.to(q.dtype), torch.ones_like(q[:, 0]), torch.finfo(q.dtype).min
-        classes = y.sort().values                                                  # [N]
+        k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
+        # the positives, by sums over classes: no N x K mask
+        classes, zero = y.sort().values, torch.zeros_like(q)                       # [N], [N,D]
         slot = torch.searchsorted(classes, y)                                      # [N] one for each class in the batch
-        total = torch.zeros_like(q).index_add(0, slot, q + k)                      # [N,D] sums over classes: no N x K mask
-        count = torch.zeros_like(one).index_add(0, slot, 2 * one)                  # [N]
-        blocks = [q @ k.T / tau, torch.addmm((lowest * one).diag(), q, q.T, alpha=1 / tau)]        # [N,N], itself barred
-        if queue is not None:
-            queue = queue.to(q.dtype)
-            there = torch.searchsorted(classes, queue_y).clamp(max=len(y) - 1)     # [K]
-            known = (classes[there] == queue_y).to(q.dtype)                        # [K] 0 for classes not in the batch
-            total = total.index_add(0, there, queue * known[:, None])              # [N,D]
-            count = count.index_add(0, there, known)                               # [N]
-            empty = lowest * (queue_y == -1).to(q.dtype)                           # [K]
-            blocks += [torch.addmm(e, q, m.T, alpha=1 / tau) for m, e in zip(queue.split(8192), empty.split(8192))]
+        there = torch.searchsorted(classes, queue_y).clamp(max=len(y) - 1)         # [K] the queue's slots,
+        known = (classes[there] == queue_y).to(q.dtype)                            # [K] 0 for classes not in the batch
+        total = zero.index_add(0, slot, q + k).index_add(0, there, queue * known[:, None])             # [N,D]
+        count = zero[:, 0].index_add(0, slot, zero[:, 0] + 2).index_add(0, there, known)               # [N]
         P = count[slot] - 2                                                        # [N] |P_i|: not itself, not i+
         s_class = (q * (total[slot] - q - k)).sum(1) / P.clamp(min=1) / tau        # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
-        weight = torch.ones_like(P).masked_fill(P > 0, alpha)                      # [N]
-        candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N] in blocks: memory
+        weight = torch.where(P > 0, alpha, torch.ones_like(P))                     # [N]
+        # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
+        empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
+        blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
+        blocks += [torch.addmm(e, q, m.T, alpha=1 / tau) for m, e in zip(queue.split(8192), empty.split(8192))]
+        candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N]
         return (candidates - weight * s_augmentation - (1 - weight) * s_class).mean()
 
 
@@ -840,7 +564,7 @@ def learning_rate(t, c):
     if t > c.epochs:
         t = (t - c.epochs) / c.stage2_epochs
         return c.stage2_lr * 0.1 ** ((t > 0.5) + (t > 0.75))
-    warmup = min(c.warmup, 0.2 * c.epochs)              # a short run shall reach its learning rate too
+    warmup = min(c.warmup, 0.2 * c.epochs)              # so that a short run reaches its full learning rate too
     if 0 < t <= warmup:
         return c.lr * t / warmup
     if c.schedule == "step":
@@ -852,51 +576,17 @@ def learning_rate(t, c):
 # 6. Trainer: the hybrid [H]
 # ---------------------------------------------------------------------------------------
 
-def pick_device(name):
-    """A torch.device that works here. Raises InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except Exception as error:  # torch raises all kinds
-        reason = textwrap.shorten(str(error), 100, placeholder=" ...")
-        raise InputError(f"--device {name} does not work here ({reason}): try --device cpu") from None
-
-
-def pick_amp(name, device):
-    if name == "auto":
-        if device.type != "cuda":
-            return None
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-class Gather(torch.autograd.Function):
-    """The rows of all processes, in their order. A row's gradient is the sum of those it gets in all of them:
-    where each process has the loss over all rows, DistributedDataParallel's mean is a single process's gradient."""
-
-    @staticmethod
-    def forward(ctx, t, dim):
-        ctx.dim, parts = dim, [torch.empty_like(t) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, t)
-        return torch.cat(parts, dim)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size(), ctx.dim)[dist.get_rank()], None
-
-
 def gather(t, dim=0):
-    """t of all processes, one after the other, with gradient; t itself where there is one alone."""
-    return Gather.apply(t.contiguous(), dim) if dist.is_initialized() else t
-
-
-def leave_signals_to_the_trainer(_):
-    """For a worker: Ctrl-C reaches it too, and shall not end it before the step is finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """t of all processes, one after the other, with gradient; t itself where there is one alone. Every process
+    has the loss over all rows, hence the whole gradient of its own; DistributedDataParallel will divide that by the
+    number of processes, so it is multiplied here."""
+    if not dist.is_initialized():
+        return t
+    t = t.contiguous()
+    parts = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, t.detach())
+    parts[dist.get_rank()] = t + (len(parts) - 1) * (t - t.detach())    # t's value, its gradient times the processes
+    return torch.cat(parts, dim)
 
 
 def shot_groups(counts):
@@ -934,30 +624,30 @@ class Trainer:
         self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)
         self.device = pick_device(c.device)
         data = hold_out(data, c.holdout) if c.holdout else data
-        kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))
+        kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         if c.queue > len(kept):
             print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice",
                   file=sys.stderr)
-        in_memory, self.unreadable = isinstance(data.x_train, torch.Tensor), {}    # files to paths met
+        files = isinstance(data.x_train, ImageFiles)
         self.x, self.x_test = take(data.x_train, kept), data.x_test
-        if in_memory:
+        if not files:
             self.x, self.x_test = self.x.to(self.device), self.x_test.to(self.device)
         self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
-        self.aug = {"auto": "crop" if in_memory else "resized"}.get(c.aug, c.aug)
-        self.augmentation = AUGMENTATIONS[self.aug]
         self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])    # C, [C]
-        self.class_size = self.counts.to(self.device)           # [C]
-        sample = torch.arange(len(kept)) if in_memory else torch.arange(0, len(kept), math.ceil(len(kept) / 1000))
-        pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [N,3,H,W]
-        # a picture of any size is resized and its middle cut out to be evaluated; views have that size too
-        self.size = [c.size] * 2 if self.aug == "resized" and not in_memory else list(pixels.shape[2:])
-        self.resize = max(pixels.shape[2:])
+        self.class_size = self.counts.to(self.device)                                           # [C]
+        sample = torch.arange(0, len(kept), math.ceil(len(kept) / 1000) if files else 1)
+        pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
+        self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
+        self.augmentation = AUGMENTATIONS[self.aug]
+        self.resize = max(pixels.shape[2:])             # a picture's shorter side becomes this; cut out of it,
+        self.size = [c.size] * 2 if self.aug == "resized" and files else list(pixels.shape[2:])  # [h,w], as in views
         self.rng = torch.Generator(self.device)         # of batches and views, see reseed
-        self.build(*torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3)))                      # [3], [3]
+        std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
+        self.build(mean, std)
 
-    def build(self, std, mean):
+    def build(self, mean, std):
         """The network with its slow copies, the queue and the optimisers."""
         c, amp = self.config, pick_amp(self.config.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
@@ -980,10 +670,10 @@ class Trainer:
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.forward = self.losses
-        for e in net.experts:                           # or DistributedDataParallel waits for the gradients of what isn't used
+        for e in net.experts:                           # or DistributedDataParallel waits for their gradients
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
-        if self.ranks > 1:                              # agree() shares the buffers; the second stage leaves out the first's weights
+        if self.ranks > 1:                              # agree() shares the buffers; a second stage has fewer weights
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
             self.forward = nn.parallel.DistributedDataParallel(
@@ -1000,23 +690,19 @@ class Trainer:
                                              num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
                                              worker_init_fn=leave_signals_to_the_trainer)
         for (pixels, rows), asked in zip(loader, plan):
-            known = self.unreadable.setdefault(x, set())
-            new = {x.paths[i] for i in asked[rows != asked].tolist()} - known
-            known |= new
-            report_unreadable(new, known, len(x))
+            x.report(asked, rows)
             yield pixels.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
 
     def contrast_loss(self, q, k, y, prototypes, queue):
-        """Of one expert's embeddings of two views, [N,D] each. Every view is an anchor once, but
-        for the keys of a momentum encoder, which are none [D]."""
+        """Of one expert's embeddings of two views, [N,D] each. Both views are anchors in turn; the keys
+        of a momentum encoder never are [D]."""
         c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
         if c.method == "sc":
             return sc_loss(z, yy, c.tau)
         if c.method == "psc":
             return psc_loss(z, yy, prototypes, c.tau)
-        memory = (queue, self.queue_y) if c.queue else (None, None)
-        loss = dscl_loss(q, k, y, *memory, c.alpha, c.tau)
-        return loss if c.ema else (loss + dscl_loss(k, q, y, *memory, c.alpha, c.tau)) / 2
+        loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
+        return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
 
     def patch_loss(self, view, maps, keys):
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
@@ -1030,15 +716,16 @@ class Trainer:
             students = self.net.embed(self.net.maps(patches))                                   # [E,N*L,D]
             with torch.no_grad():
                 teachers = self.net.embed([cut(m, boxes, 2, m.shape[3] / W) for m in maps])     # [E,N*L,D]
-        valid = torch.cat([torch.ones_like(keys[0, :, 0]), self.queue_y + 1]) > 0               # [N+K]
+        valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
         losses = [pbsd_loss(t.view(N, c.patches, -1), s.view(N, c.patches, -1), torch.cat([k, queue]), c.tau, valid)
                   for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
         return sum(losses) / c.experts
 
     def contrast(self, views, maps, y):
-        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D] with their labels."""
+        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D] with their labels.
+        maps: [2N,width,h,w] of each expert, with a momentum encoder the query's [N,width,h,w] alone."""
         N = len(y)
-        z = self.net.embed([m[:N if self.keys else 2 * N] for m in maps])   # [E,2N,D], with a momentum encoder [E,N,D]
+        z = self.net.embed(maps)                                            # [E,2N,D]; [E,N,D] with a momentum encoder
         q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
         if self.keys:
             with torch.no_grad():
@@ -1052,12 +739,10 @@ class Trainer:
 
     def remember(self, keys, y):
         """The keys [E,N,D] overwrite the oldest of the queue."""
-        K = self.config.queue
-        n = min(len(y), K)
-        if n:
-            slots = (self.queue_at + torch.arange(n, device=self.device)) % K
-            self.queue[:, slots], self.queue_y[slots] = keys[:, len(y) - n:], y[len(y) - n:]
-            self.queue_at = (self.queue_at + n) % K
+        K, n = self.config.queue, min(len(y), self.config.queue)
+        slots = (self.queue_at + torch.arange(n, device=self.device)) % K
+        self.queue[:, slots], self.queue_y[slots] = keys[:, len(y) - n:], y[len(y) - n:]
+        self.queue_at = (self.queue_at + n) % K
 
     def losses(self, x, y, x_ce, y_ce):
         """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
@@ -1066,17 +751,16 @@ class Trainer:
         c, N, weight = self.config, len(y), self.weight
         query, key, plain, _ = self.augmentation
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
-        live = views[:1] if self.keys else views[:]     # the momentum encoder takes the keys' view
-        if self.classifies:
-            live.append(plain(x_ce, self.rng, self.size))
+        seen = views[:1] if self.keys else views        # the momentum encoder takes the keys' view
+        plain = [plain(x_ce, self.rng, self.size)] if self.classifies else []
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
-            maps = self.net.maps(torch.cat(live))                       # [3N,width,h,w] of each expert
-        parts, keys = self.contrast(views, maps, y) if weight else ({}, None)
+            maps = self.net.maps(torch.cat(seen + plain))               # [3N,width,h,w] of each expert
+        parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y) if weight else ({}, None)
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
             if c.classifier == "logit-adjusted":
-                logits = logits + self.class_size.log()     # [E,N,C] large classes need not be learnt as likely
+                logits = logits + self.class_size.log()     # [E,N,C] the prior, which the network needn't learn then
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
         return dict(loss=loss, **parts), keys
@@ -1112,12 +796,13 @@ class Trainer:
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
         for the device."""
+        # either N rows for both branches or N for each: the contrastive ones come first, the classifier's last
         parts, keys = self.forward(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
         self.scaler.scale(parts["loss"]).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
-        if keys is not None:
+        if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
         if self.keys and self.weight:
             self.follow(self.keys, self.config.ema)
@@ -1151,8 +836,7 @@ class Trainer:
         done, plan = len(self.history), self.batches(N, steps)
         for i, (x, rows) in enumerate(self.images(self.x, plan[done:]), done):
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             self.reseed(self.epoch, i + 1, self.rank)
             parts = self.step(x, self.y[rows], N // self.ranks, optimizer)
             self.history.append(torch.stack(list(parts.values())))
@@ -1182,17 +866,18 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
-        net, found = self.averaged or self.net.eval(), []
+        net = self.averaged or self.net.eval()
         plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
+        found = [torch.zeros(3, 0, dtype=torch.int64, device=self.device)]      # for a process without a batch
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
             predicted = net(center_crop(x, self.size).float() / 255).argmax(1)                  # [500]
             found.append(torch.stack([predicted, rows, asked]))                                 # [3,500]
-        predicted, rows, asked = torch.cat(found, 1).cpu() if found else torch.zeros(3, 0).long()
-        known = rows == asked                           # all but files that can't be read
-        found = [(predicted[known], self.y_test[asked[known]])] * self.ranks
+        everyones = [torch.cat(found, 1).cpu()] * self.ranks
         if self.ranks > 1:
-            dist.all_gather_object(found, found[0])
-        self.evaluated = accuracy(*map(torch.cat, zip(*found)), self.counts)
+            dist.all_gather_object(everyones, everyones[0])
+        predicted, rows, asked = torch.cat(everyones, 1)                        # [M] each
+        known = rows == asked                           # all but files that can't be read
+        self.evaluated = accuracy(predicted[known], self.y_test[asked[known]], self.counts)
         return self.evaluated
 
     def state_dict(self):
@@ -1212,13 +897,10 @@ class Trainer:
         require(state["class_names"] == self.class_names and state["labels"] == zlib.crc32(self.y.cpu().numpy()),
                 "the training images are not those that the run began with: --data or the files in it have changed")
         try:
-            self.net.load_state_dict(state["net"])
-            for slow, name in ((self.keys, "keys"), (self.averaged, "averaged")):
-                if slow:
-                    slow.load_state_dict(state[name])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            self.scaler.load_state_dict(state["scaler"])
+            saved = [state[name] for name in ("net", "keys", "averaged", "scaler")] + state["optimizers"]
+            for part, its in zip((self.net, self.keys, self.averaged, self.scaler, *self.optimizers), saved):
+                if part:
+                    part.load_state_dict(its)
             self.queue.copy_(state["queue"])
             self.queue_y.copy_(state["queue_y"])
             for name in ("queue_at", "epoch", "evaluated", "elapsed"):
@@ -1226,6 +908,292 @@ class Trainer:
             self.history = [parts.to(self.device) for parts in state["history"]]
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None
+
+
+# ---------------------------------------------------------------------------------------
+# 7. Appendix: files, the embedded data, devices, checkpoints
+# ---------------------------------------------------------------------------------------
+
+FILE_SETS = "folder", "imagenet_lt", "inat18"
+
+
+def load_dataset(name, root="data", train_list="", test_list="", size=224):
+    """A Dataset by name. Raises InputError for whatever cannot be read or used.
+
+    shapes: drawn here.  cifar10, cifar100: read from root/<name>.npz; where that is missing,
+    torchvision downloads them and the file is written.  The path of an .npz: its arrays x_train,
+    y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
+    folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
+    files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
+    Files are read in training, for views of size x size pixels.
+    """
+    if name == "shapes":
+        return draw_shapes()
+    if name in FILE_SETS:
+        return load_files(Path(root), train_list, test_list, size)
+    if name.endswith(".npz"):
+        return read_npz(Path(name))
+    require(name in ("cifar10", "cifar100"), f"unknown data set {name!r}: choose shapes, "
+            f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file")
+    path = Path(root) / f"{name}.npz"
+    if not path.exists():
+        download_cifar(name, path)
+    return read_npz(path)
+
+
+def check_labels(where, y_train, y_test, names=None):
+    """The class names, where both label tensors hold all classes 0..C-1; InputError otherwise."""
+    for part, y in (("training", y_train), ("test", y_test)):
+        require(len(y) > 0 and y.min() >= 0, f"{where}: the {part} labels are none or negative: classes are 0, 1, 2...")
+        C = int(y_train.max()) + 1
+        require(y.max() < C, f"{where}: {part} label {y.max()}, but the training labels end at {C - 1}: "
+                "number the classes 0..C-1")
+        gap = next((c for c, present in enumerate([*y.unique().tolist(), C]) if c != present), None)
+        require(gap is None, f"{where}: class {gap} has no {part} image: remove it and renumber the others")
+    require(C > 1, f"{where}: there is one class alone: at least two are needed")
+    names = [str(name) for name in (range(C) if names is None else names)]
+    require(len(names) == C, f"{where}: {len(names)} class_names for {C} classes: give one for each")
+    return names
+
+
+def read_npz(path):
+    """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the path of an .npz file") from None
+    except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
+        raise InputError(f"{path} cannot be read as plain arrays ({error}): write it anew with numpy.savez, "
+                         "class_names as strings") from None
+    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
+    require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test")
+    data = []
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        require(x.dtype == np.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3) and x.shape[1] * x.shape[2],
+                f"{path}: x_{part} is {x.dtype} {list(x.shape)}: images are uint8 [N,H,W,3] or [N,H,W]")
+        require(np.issubdtype(y.dtype, np.integer) and y.shape == x.shape[:1],
+                f"{path}: y_{part} is {y.dtype} {list(y.shape)}: labels are integers, one for each of {len(x)} images")
+        x = torch.from_numpy(x if x.ndim == 4 else np.stack([x] * 3, 3))               # [N,H,W,3]
+        data += [x.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64))]
+    x_train, y_train, x_test, y_test = data
+    require(x_train.shape[1:] == x_test.shape[1:], f"{path}: training and test images differ in size: resize them to one")
+    return Dataset(*data, check_labels(path, y_train, y_test, arrays.get("class_names")))
+
+
+def read_picture(file):
+    """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
+    white. Raises what PIL raises."""
+    picture = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
+    if picture.mode.startswith("I") and picture.getextrema()[1] > 255:      # 16 bits of grey: PIL would cut them off
+        picture = picture.point(lambda v: v / 256).convert("L")
+    if "A" in picture.mode or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return pil_to_tensor(picture.convert("RGB"))
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files of any size and kind as uint8 [3,side,side]: the shorter side resized, the middle
+    cut out. side None: as they are. Item i is (pixels, row); row is i, or, if file i cannot be read,
+    that of the next readable file, whose pixels are returned instead."""
+
+    def __init__(self, paths, side):
+        self.paths, self.side, self.unreadable = paths, side, set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        for row in itertools.chain(range(i, len(self)), range(i)):
+            with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
+                x = read_picture(self.paths[row])                               # uint8 [3,h,w]
+                return (x if self.side is None else center_crop(resize(x, self.side), self.side)), row
+        raise InputError(f"none of {len(self)} image files can be read, {self.paths[i]} for one: look at them")
+
+    def report(self, asked, rows):
+        """Name files that were asked for and not read, each once. Raises InputError for several and over 1 % of all."""
+        new = {self.paths[i] for i in asked[asked != rows].tolist()} - self.unreadable
+        self.unreadable |= new
+        for path in sorted(new):
+            print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
+        n = len(self.unreadable)
+        require(n <= max(1, 0.01 * len(self)), f"{n} of {len(self)} image files cannot be read, more than 1 %: "
+                "mend or remove those named above")
+
+
+def into_memory(files, y):
+    """Small images of one size as a tensor and their labels; None for any others."""
+    pixels, rows = [], []
+    for i in range(len(files)):
+        x, row = files[i]
+        if max(x.shape) > 64 or pixels and x.shape != pixels[0].shape:
+            return None
+        pixels.append(x)
+        rows.append(row)
+    asked, rows = torch.arange(len(files)), torch.tensor(rows)
+    files.report(asked, rows)
+    return torch.stack(pixels)[rows == asked], y[rows == asked]
+
+
+def read_list(path, root):
+    """The image paths and labels of a list file with lines "path label". Raises InputError."""
+    path = path if path.exists() else root / path
+    require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
+    rows = []
+    for n, line in enumerate(path.read_text().splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        require(name and label.isdecimal(), f"{path}, line {n}: {line!r} is not a path and a class number")
+        rows.append((str(root / name), int(label)))
+    return rows
+
+
+def load_files(root, train_list, test_list, size):
+    """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
+    if train_list or test_list:
+        rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
+    else:
+        held_out = next((p for p in (root / "val", root / "test") if p.is_dir()), root / "val")
+        for folder in (root / "train", held_out):
+            require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
+                    "and val/<class>/* (or test)")
+        try:
+            train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
+        except FileNotFoundError as error:              # an empty class folder
+            raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
+        different = set(train.classes) ^ set(test.classes)
+        require(not different, f"{root}: class {min(different, default='')!r} is in one of train and {held_out.name} alone: "
+                "both need the same class folders")
+        rows, names = [train.samples, test.samples], train.classes
+    files = [ImageFiles([path for path, _ in part], None) for part in rows]
+    labels = [torch.tensor([label for _, label in part], dtype=torch.int64) for part in rows]
+    names = check_labels(root, *labels, names)
+    train = into_memory(files[0], labels[0])
+    test = train and into_memory(files[1], labels[1])
+    if test and train[0].shape[1:] == test[0].shape[1:]:
+        check_labels(root, train[1], test[1], names)           # of the readable ones
+        return Dataset(*train, *test, names)
+    side = size * 8 // 7                                # 256 for views of 224
+    return Dataset(ImageFiles(files[0].paths, side), labels[0], ImageFiles(files[1].paths, side), labels[1], names)
+
+
+def write_whole(path, content):
+    """Write bytes under another name, flush and rename: path is the old file or the new one, never half of one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({error.strerror}): make room or choose another folder; "
+                         "what was there before is whole") from None
+
+
+def download_cifar(name, path):
+    """Download CIFAR-10 or -100 through torchvision and keep it as one .npz file."""
+    kind = getattr(torchvision.datasets, name.upper())  # CIFAR10 or CIFAR100
+    with tempfile.TemporaryDirectory() as folder:       # a broken download leaves nothing behind
+        try:
+            train, test = (kind(folder, train=flag, download=True) for flag in (True, False))
+        except Exception as error:  # offline, a server's refusal, a checksum: torchvision raises all kinds
+            raise InputError(f"{name} could not be downloaded ({error}): get online, or put {name}.npz "
+                             f"(x_train, y_train, x_test, y_test) at {path}") from None
+    content = io.BytesIO()
+    np.savez(content, x_train=train.data, y_train=train.targets, x_test=test.data, y_test=test.targets,
+             class_names=train.classes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getbuffer())
+
+
+# The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
+# different pairs in which every outline and every texture belongs to head and tail classes
+# alike. What a tail class looks like can be learnt from the head, as [D] claims of real data.
+
+OUTLINES, TEXTURES = ("disc", "square", "triangle", "cross", "ring"), ("plain", "striped", "checked", "target")
+
+
+def paint_shape(canvas, outline, texture, colours, centre, scale, angle):
+    """One shape onto each image: canvas [B,3,S,S] and colours [B,2,3] in 0..1, outline and texture
+    [B] numbers, centre [B,2] and scale [B] in halves of the image, angle [B] in radians."""
+    S, pick = canvas.shape[-1], torch.arange(len(canvas))
+    grid = (torch.arange(S, dtype=torch.float64) + 0.5) * 2 / S - 1         # [S]
+    centre, scale, angle = centre[..., None, None], scale[:, None, None], angle[:, None, None]
+    x, y = (grid - centre[:, 0]) / scale, (grid[:, None] - centre[:, 1]) / scale
+    x, y = angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x  # [B,S,S] the shape's own axes
+    r, ax, ay = (x * x + y * y).sqrt(), x.abs(), y.abs()
+    distance = torch.stack([                            # to the outline, negative inside; in OUTLINES' order
+        r - 0.9,
+        torch.maximum(ax, ay) - 0.8,
+        torch.maximum(0.87 * ax + 0.5 * y, -y) - 0.55,
+        torch.maximum(torch.minimum(ax, ay) - 0.3, torch.maximum(ax, ay) - 0.95),
+        (r - 0.65).abs() - 0.28,
+    ])[outline, pick]                                   # [B,S,S]
+    second = torch.stack([                              # where the second colour goes; in TEXTURES' order
+        r < 0,
+        (10 * x).sin() > 0,
+        (8 * x).sin() * (8 * y).sin() > 0,
+        (13 * r).sin() > 0,
+    ])[texture, pick]                                   # [B,S,S]
+    colour = torch.where(second[:, None], colours[:, 1, :, None, None], colours[:, 0, :, None, None])  # [B,3,S,S]
+    inside = (0.5 - distance * scale * S / 2).clamp(0, 1)[:, None]          # [B,1,S,S] soft at the edge
+    return canvas + (colour - canvas) * inside
+
+
+def draw_shapes(n_train=300, n_test=50, seed=0):
+    """The embedded data set: 20 classes, n_train and n_test images each, 32 x 32. The same
+    pixels everywhere: numpy's legacy stream never changes, and in float64 rounding is too small to change a pixel."""
+    rng = np.random.RandomState(seed)
+
+    def draw(labels):                                   # [B] -> uint8 [B,3,32,32]
+        B = len(labels)
+
+        def uniform(low, high, *shape):
+            return torch.from_numpy(rng.uniform(low, high, (B, *shape)))
+
+        background = uniform(0, 1, 3)                   # [B,3]
+        canvas = background[:, :, None, None].expand(B, 3, 32, 32)
+        clutter = (torch.from_numpy(rng.randint(len(kind), size=B)) for kind in (OUTLINES, TEXTURES))
+        canvas = paint_shape(canvas, *clutter, uniform(0, 1, 2, 3), uniform(-1, 1, 2),
+                             uniform(0.15, 0.35), uniform(0, 2 * math.pi))
+        contrast = torch.tensor([[1 / 3], [2 / 3]], dtype=torch.float64)    # away from the background
+        colours = (background[:, None] + contrast + uniform(-0.15, 0.15, 2, 3)) % 1
+        canvas = paint_shape(canvas, labels % 5, labels % 4, colours, uniform(-0.08, 0.08, 2),
+                             uniform(0.65, 0.85), uniform(-0.2, 0.2))
+        noisy = canvas + uniform(-0.05, 0.05, 3, 32, 32)
+        return (noisy * 255).round().clamp(0, 255).to(torch.uint8)
+
+    y_train, y_test = (torch.arange(20).repeat_interleave(n) for n in (n_train, n_test))
+    x_train, x_test = (torch.cat([draw(part) for part in y.split(500)]) for y in (y_train, y_test))
+    names = [f"{TEXTURES[c % 4]} {OUTLINES[c % 5]}" for c in range(20)]
+    return Dataset(x_train, y_train, x_test, y_test, names)
+
+
+def pick_device(name):
+    """A torch.device that works here. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # torch raises all kinds
+        reason = textwrap.shorten(str(error), 100, placeholder=" ...")
+        raise InputError(f"--device {name} does not work here ({reason}): try --device cpu") from None
+
+
+def pick_amp(name, device):
+    if name == "auto":
+        name = ("off" if device.type != "cuda" else
+                "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def leave_signals_to_the_trainer(_):
+    """For a loader's worker: Ctrl-C reaches it too, but it must live until the step is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def read_checkpoint(run):

@@ -121,9 +121,9 @@ class Config:
     def of(cls, **given):
         """The presets of data set and method, overridden by what is given."""
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
-        presets = PRESETS.get(method, {}), PRESETS.get(dataset, PRESETS[".npz"]), PRESETS.get((dataset, method), {})
+        preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
         record = PRESETS["record"] if given.get("recipe") == "record" else {}
-        return cls(**presets[0] | presets[1] | presets[2] | record | given)
+        return cls(**preset | record | given)
 
 
 IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
@@ -175,15 +175,13 @@ def read_arguments(argv):
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
     given = vars(parser.parse_args(argv))
-    names = {f.name for f in fields(Config)}
     exclusive = "resume", "eval", "predict", "report", "tables", "seeds"
-    do = argparse.Namespace(**dict.fromkeys([*exclusive, "results", "per_class", "quiet"])
-                            | {key: value for key, value in given.items() if key not in names})
+    do = argparse.Namespace(**{name: given.pop(name, None) for name in (*exclusive, "results", "per_class", "quiet")})
     actions = [name for name in exclusive if getattr(do, name)]
     ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
     ltcl.require(not do.seeds or "seed" not in given, "--seed and --seeds at once: choose one")
-    return do, {key: value for key, value in given.items() if key in names}
+    return do, given
 
 
 # --- going on with a run -----------------------------------------------------------------------
@@ -258,7 +256,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that will hold the signal, Ctrl-C or SIGTERM, that asks to stop. A second one isn't asking."""
+    """A list that will hold the signal, Ctrl-C or SIGTERM, that asks to stop. A second one ends the program at once."""
     met = []
 
     def ask(number, _):
@@ -279,7 +277,7 @@ def asked_to_stop(met):
     """The signal that this or any other process of the run has met, or 0: all stop after the same step."""
     number = torch.tensor(met[0] if met else 0)
     if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)      # between the hosts: no device waits
+        dist.all_reduce(number, dist.ReduceOp.MAX)      # on CPU tensors: no device waits
     return int(number)
 
 
@@ -478,19 +476,18 @@ def print_result(trainer, seconds):
     c = trainer.config
     print_table(f"{c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}: {trainer.epochs} epochs in "
                 f"{seconds:.0f} s on {trainer.device}, last epoch's accuracy", trainer.evaluated, trainer.counts)
+    other = "dscl" if c.method == "ce" else "ce"
+    again = f"--dataset {c.dataset} --data {c.data} --imb {c.imb:g} --net {c.net} --method {other}"
     if c.dataset == "shapes":
         again = "--method ce" if c.method != "ce" else "--dataset cifar100 --imb 100 --method dscl"
-    else:
-        again = f"--dataset {c.dataset} --data {c.data} --imb {c.imb:g} --net {c.net} --method "
-        again += "ce" if c.method != "ce" else "dscl"
     print(f"\nSaved in {c.out}. To try next: python train.py {again}")
 
 
 # --- using what was trained --------------------------------------------------------------------
 
 def check_useful(given, flags, action):
-    useless = sorted(set(given) - flags)
-    ltcl.require(not useless, f"{flag(*useless[:1] or [''])} has no meaning with {action}: leave it out")
+    useless = set(given) - flags
+    ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with {action}: leave it out")
 
 
 def evaluate(run, given, per_class):
@@ -530,33 +527,27 @@ def report(runs):
     """Draw the runs side by side into report.png in the first one's folder: losses and contrast weight over
     the epochs, and accuracy by class in order of frequency."""
     try:
-        import matplotlib
-        matplotlib.use("agg")
-        from matplotlib import pyplot as plt
+        from matplotlib import figure as mpl  # no pyplot: no window, nothing to close
     except ImportError:
         raise ltcl.InputError("--report needs matplotlib: pip install matplotlib") from None
-    figure, (losses, tops, classes) = plt.subplots(3, len(runs), figsize=(1 + 3.2 * len(runs), 8), squeeze=False,
-                                                   sharey="row", layout="constrained")
+    figure = mpl.Figure((1 + 3.2 * len(runs), 8), layout="constrained")
+    losses, tops, classes = figure.subplots(3, len(runs), squeeze=False, sharey="row")
     for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
         log, state = read_log(run), ltcl.read_checkpoint(run)
         ltcl.require(log, f"{run / 'log.jsonl'} holds no epoch: train the run first")
-
-        def curve(axes, name, label, **style):
-            points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points), label=label, **style)
-
-        for name, label in (("loss", "loss"), ("loss_contrast", "contrast"), ("loss_pbsd", "PBSD"),
-                            ("loss_ce", "cross-entropy")):
-            curve(loss, name, label, linewidth=2.5 if name == "loss" else 1.2)
-        curve(loss, "contrast_weight", "contrast weight", color="grey", linestyle="--")
-        loss.set(title=run.name, xlabel="epoch")
-        loss.legend(fontsize=8)
-        for name, label in (("top1", "all"), ("many", "many"), ("medium", "medium"), ("few", "few")):
-            curve(top, name, label, linewidth=2.5 if name == "top1" else 1.2)
-        top.set(xlabel="epoch", ylim=(0, 100))
-        top.legend(fontsize=8)
+        for axes, curves in ((loss, dict(loss="loss", loss_contrast="contrast", loss_pbsd="PBSD", loss_ce="cross-entropy",
+                                         contrast_weight="contrast weight")),
+                             (top, dict(top1="all", many="many", medium="medium", few="few"))):
+            for name, label in curves.items():
+                points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
+                if points:
+                    axes.plot(*zip(*points), label=label, linewidth=2.5 if name in ("loss", "top1") else 1.2,
+                              linestyle="--" if name == "contrast_weight" else "-")
+            axes.set_xlabel("epoch")
+            axes.legend(fontsize=8)
+        loss.set_title(run.name)
+        top.set_ylim(0, 100)
         counts, accuracy = torch.tensor(state["counts"]), state["evaluated"].get("by_class")
         if accuracy:
             order = counts.argsort(descending=True, stable=True)
@@ -564,20 +555,18 @@ def report(runs):
         by_class.set(xlabel=f"classes, from {counts.max()} training images to {counts.min()}", ylim=(0, 100))
     for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
-    losses[0].set_ylabel("training loss")
-    tops[0].set_ylabel("test accuracy, %")
-    classes[0].set_ylabel("accuracy of the class, %")
+    for row, label in ((losses, "training loss"), (tops, "test accuracy, %"), (classes, "accuracy of the class, %")):
+        row[0].set_ylabel(label)
     content, path = io.BytesIO(), Path(runs[0]) / "report.png"
     figure.savefig(content, dpi=100)
-    plt.close(figure)
     ltcl.write_whole(path, content.getbuffer())
     print(f"drawn in {path}")
 
 
 # --- results: a row a run, and tables of them --------------------------------------------------
 
-COLUMNS = ("dataset", "imb", "method", "settings", "seed", "epochs", "top-1", "many", "medium", "few", "seconds", "hardware",
-           "commit")
+KEY, SCORES = ("dataset", "imb", "method", "settings", "seed", "epochs"), ("top-1", "many", "medium", "few")
+COLUMNS = (*KEY, *SCORES, "seconds", "hardware", "commit")      # of a row, a list of strings
 
 
 def settings_text(config):
@@ -624,7 +613,7 @@ def read_results(path):
 
 def add_result(path, row):
     """Append a run's row, unless the file has the run; runs side by side may write into one file."""
-    if row[:6] in [other[:6] for other in read_results(path)]:
+    if row[:len(KEY)] in [other[:len(KEY)] for other in read_results(path)]:
         return say(f"seed {row[4]}: {path} has it already")
     try:
         with contextlib.suppress(FileExistsError), open(path, "x", newline="") as file:
@@ -639,9 +628,8 @@ def add_result(path, row):
 def spread(values):
     """Mean ± standard deviation of numbers as text; n/a where there are none."""
     values = [float(v) for v in values if v]
-    if len(values) < 2:
-        return f"{values[0]:.1f}" if values else "n/a"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}" if values else "n/a"
 
 
 PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
@@ -651,24 +639,24 @@ PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", 
 def tables(rows):
     """Markdown: a table for each data set and imbalance, and the papers' grid with what of it was run."""
     groups = {}
-    for row in rows:
-        dataset, imb, method, settings, _, epochs, *_ = row
-        groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(row)
+    for row in (dict(zip(COLUMNS, row)) for row in rows):
+        runs = groups.setdefault((row["dataset"], row["imb"]), {})
+        runs.setdefault((row["method"], row["settings"], row["epochs"]), []).append(row)
     text = []
     for (dataset, imb), runs in groups.items():
         text += [f"**{dataset}, imbalance {imb}**", "",
                  "| method | settings | epochs | top-1 | many | medium | few | seeds | seconds |", "|---" * 9 + "|"]
         for (method, settings, epochs), same in runs.items():
-            cells = [spread([row[i] for row in same]) for i in range(6, 10)]
+            cells = [spread([row[name] for row in same]) for name in SCORES]
             text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(cells)} | {len(same)} | "
-                        f"{statistics.mean(float(row[10]) for row in same):.0f} |")
+                        f"{statistics.mean(float(row['seconds']) for row in same):.0f} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
     text += ["**The papers' settings: ResNet-32, 200 epochs, top-1**", "",
              "| method | settings | " + " | ".join(f"{dataset}, {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
     for method, settings in PAPER:
         found = [groups.get(column, {}).get((method, settings, "200")) for column in columns]
-        cells = [spread([row[6] for row in same]) if same else "not run" for same in found]
+        cells = [spread([row["top-1"] for row in same]) if same else "not run" for same in found]
         text.append(f"| {method} | {settings and f'`{settings}`'} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -693,9 +681,8 @@ def processes(config):
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-        with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere) if RANK else contextlib.nullcontext():
-                yield
+        with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext():
+            yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection" not in str(error):
             raise
@@ -706,7 +693,7 @@ def processes(config):
 
 def planned(do, given):
     """Config, state and folder (None: a new one) of each run that is to be trained."""
-    done = [row[:6] for row in read_results(do.results)] if do.results else []
+    done = [row[:len(KEY)] for row in read_results(do.results)] if do.results else []
     if not do.seeds:
         config, state = resumed(given) if do.resume else (Config.of(**given), None)
         out = Path(config.out) if config.out else None
@@ -729,18 +716,17 @@ def train_all(do, given):
     with processes(runs[0][0] if runs else Config.of(**given)):
         rows = []
         for config, state, out in runs:
-            with open(os.devnull, "w") as nowhere:
-                with contextlib.redirect_stdout(nowhere) if do.quiet else contextlib.nullcontext():
-                    run = Run(config, out, state)
-                    run.train()
+            with contextlib.redirect_stdout(io.StringIO()) if do.quiet else contextlib.nullcontext():
+                run = Run(config, out, state)
+                run.train()
             seconds = sum(r["seconds"] for r in run.records)
             print_result(run.trainer, seconds)
             rows.append(result_row(run.trainer, seconds))
             if do.results and RANK == 0:
                 add_result(do.results, rows[-1])
         if len(rows) > 1:
-            print("\nmean ± standard deviation of " + ", ".join(f"{name} {spread([row[i] for row in rows])}" for i, name in
-                                                               enumerate(COLUMNS) if 6 <= i < 10))
+            scores = dict(zip(COLUMNS, zip(*rows)))             # the values of each column
+            print("\nmean ± standard deviation of " + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
 
 
 def main(argv=None):
