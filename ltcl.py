@@ -432,11 +432,11 @@ def sc_loss(z, y, tau=0.1):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        slot = torch.searchsorted(y.sort().values, y)                              # [B] one for each class in the batch
-        rows = F.pad(z, (0, 1), value=1)                                           # [B,D+1] a column of ones, to count
-        others = torch.zeros_like(rows).index_add(0, slot, rows)[slot] - rows      # [B,D+1] sum over P_i: no B x B mask
-        P = others[:, -1]                                                          # [B] |P_i|
-        s_class = (z * others[:, :-1]).sum(1) / P.clamp(min=1) / tau               # [B] mean over P_i
+        slot, zero = torch.searchsorted(y.sort().values, y), torch.zeros_like(z)   # [B] one for each class in the batch
+        total = zero.index_add(0, slot, z)                                         # [B,D] sums over classes: no B x B mask
+        count = zero[:, 0].index_add(0, slot, zero[:, 0] + 1)                      # [B]
+        P = count[slot] - 1                                                        # [B] |P_i|: not itself
+        s_class = (z * (total[slot] - z)).sum(1) / P.clamp(min=1) / tau            # [B] mean over P_i
         anchor = torch.arange(len(z), device=z.device)                             # [B] itself is no candidate:
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == anchor, torch.finfo(z.dtype).min) for i in anchor.split(512)]
         candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] by 512 rows: memory
