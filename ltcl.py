@@ -15,9 +15,9 @@ not the method, as reading files and drawing the embedded data, is an appendix.
 
 Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1.  y: labels.
 tau: temperature.  N: images a batch.  B: rows (the views of all images, stacked).
-C: classes.  D: embedding dimensions.  K: rows in memory.  P_i: the positives of
-anchor i.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the curriculum's
-coefficient, is called the contrast weight here).
+C: classes.  D: embedding dimensions.  K: rows in memory.  L: patches an image.
+E: experts.  P_i: the positives of anchor i, P in code their number.  alpha: [D]'s weight
+of the augmentation ([H]'s alpha, the curriculum's coefficient, is called the contrast weight here).
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def long_tail_counts(n_max, num_classes, imb):
 
 def draw_of_each_class(labels, counts, seed=0):
     """Rows of counts[c] images of each class c, or of all it has: int64 array. Each class's rows are shuffled by
-    numpy's legacy stream, carried from class to class, and the first taken: every CIFAR-LT paper's split is seed 0."""
+    numpy's legacy stream, carried from class to class, and the first taken: the field's own split has seed 0."""
     rng = np.random.RandomState(seed)  # a stream of our own: numpy's global one stays untouched
     return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:n_c] for c, n_c in enumerate(counts)])
 
@@ -254,23 +254,28 @@ def resized_view(x, rng, size):
     return cut(x, mirrored, size, samples=1).div_(255)                          # more samples can't go backwards
 
 
-def query_view(x, rng, size):                           # [D, settings], as are the next two
+def colour_view(x, rng, size):
+    """The records' contrastive views: resized crop, flip, colours. uint8 [B,3,H,W] -> [B,3,size,size]."""
+    return random_jitter(resized_view(x, rng, size), rng)
+
+
+def query_view(x, rng, size):
+    """[D, settings]: resized crop, flip, colours, blur. uint8 [B,3,H,W] -> [B,3,size,size]."""
     return random_blur(colour_view(x, rng, size), rng)
 
 
 def key_view(x, rng, size):
+    """[D, settings]: weaker than the query's, without hue, grayscale and blur. uint8 [B,3,H,W] -> [B,3,size,size]."""
     return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1, grey=0)
 
 
 def patch_view(x, rng):
+    """What [D] does to a patch: float [B,3,P,P] in 0..1 -> same."""
     return random_blur(random_jitter(random_flip(x, rng), rng), rng)
 
 
-def colour_view(x, rng, size):                          # the records' recipe: the contrastive views,
-    return random_jitter(resized_view(x, rng, size), rng)
-
-
-def strong_view(x, rng, size=None):                     # and the classifier's
+def strong_view(x, rng, size=None):
+    """The records' classifier view: crop, flip, a random change, Cutout. uint8 [B,3,H,W] -> float in 0..1."""
     return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
 
 
@@ -287,7 +292,7 @@ AUGMENTATIONS = {  # the views of query, key and classifier, and what is done to
 
 def block(c_in, c_out, stride):
     """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, option A): every second pixel, new
-    channels zero."""
+    channels zero. ZeroPad3d pads the last three dimensions of [B,c,h,w], here c alone."""
     pad = (c_out - c_in) // 2
     shortcut = nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, pad, pad)))
     return torchvision.models.resnet.BasicBlock(c_in, c_out, stride, shortcut if stride > 1 else None)
@@ -468,7 +473,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
 
     q: [N,D] the anchors.  k: [N,D] their augmentations, all of length 1.  y: [N] labels >= 0.
     queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot; both or none (ValueError).
-    M_i: the other rows of q and k, and the queue.  P_i: the rows of M_i with anchor i's label.
+    M_i: the rows of q and k of the other images, and the queue.  P_i: the rows of M_i with anchor i's label.
 
         L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
         w_t = alpha (|P_i|+1)  for the augmentation i+,   (1-alpha) (|P_i|+1)/|P_i|  for a row of P_i
@@ -508,11 +513,11 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
 
     c: [N,L,D] teacher, patches pooled from the feature map; no gradient flows into it.
     s: [N,L,D] student, the same patches cut from the pixels.  candidates: [K,D], all of length 1.
-    valid: [K] bool, False for an empty slot; None: all are candidates.
+    valid: [K] bool, False for an empty slot, True for one at least; None: all are candidates.
 
         L = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
 
-    The mean over the N images.
+    The mean over the N images. The candidates get a gradient through log p(z|s) alone.
     """
     with torch.autocast(s.device.type, enabled=False):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
@@ -577,9 +582,11 @@ def learning_rate(t, c):
 # ---------------------------------------------------------------------------------------
 
 def gather(t, dim=0):
-    """t of all processes, one after the other, with gradient; t itself where there is one alone. Every process
-    has the loss over all rows, hence the whole gradient of its own; DistributedDataParallel will divide that by the
-    number of processes, so it is multiplied here."""
+    """t of all processes, one after the other, with gradient; t itself where there is one alone.
+
+    Every process computes the loss over all rows and sends it back through its own rows, which so get their
+    whole gradient. DistributedDataParallel then takes the mean over the processes, most of which have none for
+    these rows: the gradient is multiplied by their number here."""
     if not dist.is_initialized():
         return t
     t = t.contiguous()
@@ -644,6 +651,8 @@ class Trainer:
         self.resize = max(pixels.shape[2:])             # a picture's shorter side becomes this; cut out of it,
         self.size = [c.size] * 2 if self.aug == "resized" and files else list(pixels.shape[2:])  # [h,w], as in views
         self.rng = torch.Generator(self.device)         # of batches and views, see reseed
+        content = "/".join(Path(path).name for path in self.x.paths).encode() if files else self.x.cpu().numpy()
+        self.fingerprint = zlib.crc32(self.y.cpu().numpy(), zlib.crc32(content))    # of the training images
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         self.build(mean, std)
 
@@ -889,12 +898,12 @@ class Trainer:
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
                     epoch=self.epoch, history=self.history, evaluated=self.evaluated, elapsed=self.elapsed, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
-                    labels=zlib.crc32(self.y.cpu().numpy()), resize=self.resize, size=self.size,
+                    fingerprint=self.fingerprint, resize=self.resize, size=self.size,
                     versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
 
     def load_state_dict(self, state):
         """Go on from a state_dict(). Raises InputError where it is another run's."""
-        require(state["class_names"] == self.class_names and state["labels"] == zlib.crc32(self.y.cpu().numpy()),
+        require(state["class_names"] == self.class_names and state["fingerprint"] == self.fingerprint,
                 "the training images are not those that the run began with: --data or the files in it have changed")
         try:
             saved = [state[name] for name in ("net", "keys", "averaged", "scaler")] + state["optimizers"]
@@ -1202,7 +1211,7 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"net", "config", "epoch", "history", "ranks", "labels", "class_names", "counts", "resize",
+        known = state.keys() >= {"net", "config", "epoch", "history", "ranks", "fingerprint", "class_names", "counts", "resize",
                                  "size"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False

@@ -878,7 +878,8 @@ def test_list_files(tmp_path, capsys):
     refused(capsys, tmp_path, argv, "test label 7")
     (tmp_path / "val.txt").write_text((tmp_path / "val.txt").read_text().replace(" 7\n", " 1\n"))
     (tmp_path / "train.txt").write_text(whole + "train/missing.png 1\n")
-    assert train.main([*argv, "--method", "ce"]) == 0   # one of 151 is missing
+    at = argv.index("--patches")
+    assert train.main([*argv[:at], *argv[at + 2:], "--method", "ce"]) == 0      # one of 151 is missing
     assert "missing.png is not a readable image" in capsys.readouterr().err
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
@@ -1528,6 +1529,11 @@ def refused(capsys, folder, argv, *words):
     (["--timeout", "0"], ["--timeout", "above 0"]),
     (["--ep", "1"], ["--ep"]),
     (["stray"], ["stray"]),
+    (["--method", "ce", "--tau", "0.3"], ["--tau", "--method ce"]),
+    (["--method", "sc", "--alpha", "0.5"], ["--alpha", "--method sc"]),
+    (["--patch-size", "100000"], ["--patch-size", "1024"]),
+    (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
+    (["--resume"], ["holds no run"]),
 ])
 def test_bad_flags(flags, words, tmp_path, capsys):
     refused(capsys, tmp_path, ["--out", tmp_path / "run", *flags], *words)

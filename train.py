@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -36,6 +37,10 @@ RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0
 
 
 # --- settings: a field is a flag ---------------------------------------------------------------
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
 
 def setting(default, help, choices=None, low=None, high=None):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
@@ -67,7 +72,8 @@ class Config:
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
     pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
     patches: int = setting(5, "patches an image", low=1)
-    patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0)
+    patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0,
+                              high=1024)
     box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
                              ["area", "side"])
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=BELOW_ONE)
@@ -88,7 +94,8 @@ class Config:
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: "
                        "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, else crop",
                        ["auto", "crop", "resized", "strong"])
-    size: int = setting(224, "side of the views of image files in pixels", low=8)
+    size: int = setting(224, "side of the resized views of image files in pixels; they are read at 8/7 of it, which other views keep",
+                        low=8)
     save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
@@ -101,7 +108,7 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, m = getattr(self, f.name), f.metadata
-            name = "--" + f.name.replace("_", "-")
+            name = flag(f.name)
             if f.type is float and type(value) is int:
                 setattr(self, f.name, value := float(value))
             ltcl.require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
@@ -116,11 +123,15 @@ class Config:
                      f"leave them out for --method {self.method}")
         ltcl.require(self.dataset in ltcl.FILE_SETS or not (self.train_list or self.test_list), "--train-list and --test-list "
                      f"are for {', '.join(ltcl.FILE_SETS)}: leave them out for --dataset {self.dataset}")
+        ltcl.require(bool(self.train_list) == bool(self.test_list), "--train-list and --test-list go together: give both")
 
     @classmethod
     def of(cls, **given):
         """The presets of data set and method, overridden by what is given."""
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
+        idle = {"ce": {"tau", "alpha", "pbsd", "patches", "patch_size", "box_scale"}, "sc": {"alpha"}, "psc": {"alpha"}}
+        useless = {name for name in idle.get(method, set()) & given.keys() if given[name] != getattr(cls, name) and given[name] != 0}
+        ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with --method {method}: leave it out")
         preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
         record = PRESETS["record"] if given.get("recipe") == "record" else {}
         return cls(**preset | record | given)
@@ -168,10 +179,10 @@ def read_arguments(argv):
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
-        presets = [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items()
-                   if f.name in preset and isinstance(name, str)]
+        presets = [f"{name if isinstance(name, str) else ' '.join(name)}: {preset[f.name]}"
+                   for name, preset in PRESETS.items() if f.name in preset]
         choices = ", ".join(f.metadata["choices"] or [])
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
+        parser.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
     given = vars(parser.parse_args(argv))
@@ -194,10 +205,6 @@ def say(text):
     """To the user, once: of several processes the first one does."""
     if RANK == 0:
         print(text, file=sys.stderr)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def saved_config(saved, run):
@@ -228,6 +235,7 @@ def resumed(given):
             saved = {}
         except ValueError:
             raise ltcl.InputError(f"{out / 'config.json'} is damaged: remove the folder and start anew") from None
+        ltcl.require(saved or len(given) > 1, f"--out {out} holds no run: name the folder of one, or give the settings of a new one")
         if out.exists():
             say(f"note: nothing is saved in {out} yet: starts from the beginning")
         return (replace(saved_config(saved, out), **given) if saved else Config.of(**given)), None
@@ -243,7 +251,7 @@ def resumed(given):
                          "learning rate or contrast weight than they would have had: start a new run")
         else:
             ltcl.require(f.name in ROUNDING, f"{flag(f.name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
-                         "or start a new run in another folder")
+                         "or start a new run in another folder with --out")
         say(f"note: {flag(f.name)} goes from {a} to {b}")
     if state["ranks"] != RANKS:
         say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
@@ -284,7 +292,8 @@ def asked_to_stop(met):
 # --- a run and its files -----------------------------------------------------------------------
 
 def run_name(config):
-    return f"{Path(config.dataset).stem}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
+    data = Path(config.data).resolve().name if config.dataset == "folder" else Path(config.dataset).stem
+    return f"{data}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
 
 
 def check_folder(out):
@@ -476,11 +485,14 @@ def print_result(trainer, seconds):
     c = trainer.config
     print_table(f"{c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}: {trainer.epochs} epochs in "
                 f"{seconds:.0f} s on {trainer.device}, last epoch's accuracy", trainer.evaluated, trainer.counts)
-    other = "dscl" if c.method == "ce" else "ce"
-    again = f"--dataset {c.dataset} --data {c.data} --imb {c.imb:g} --net {c.net} --method {other}"
-    if c.dataset == "shapes":
-        again = "--method ce" if c.method != "ce" else "--dataset cifar100 --imb 100 --method dscl"
-    print(f"\nSaved in {c.out}. To try next: python train.py {again}")
+    again = dict(dataset=c.dataset, method="dscl" if c.method == "ce" else "ce")
+    names = ("data", "train_list", "test_list", "imb", "net", "epochs", "batch_size", "lr")
+    preset = Config.of(**again)
+    again |= {name: getattr(c, name) for name in names if getattr(c, name) != getattr(preset, name)}
+    if c.dataset == "shapes" and c.method == "ce":
+        again = dict(dataset="cifar100", imb=100, method="dscl")
+    print(f"\nSaved in {c.out}. To try next: python train.py " + " ".join(
+        f"{flag(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}" for name, value in again.items()))
 
 
 # --- using what was trained --------------------------------------------------------------------
@@ -543,7 +555,7 @@ def report(runs):
                 points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
                 if points:
                     axes.plot(*zip(*points), label=label, linewidth=2.5 if name in ("loss", "top1") else 1.2,
-                              linestyle="--" if name == "contrast_weight" else "-")
+                              linestyle="--" if name == "contrast_weight" else "-", marker=None if points[1:] else ".")
             axes.set_xlabel("epoch")
             axes.legend(fontsize=8)
         loss.set_title(run.name)
@@ -573,6 +585,8 @@ def settings_text(config):
     """The flags by which a run's settings differ from the presets."""
     preset = Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe)
     others = {"dataset", "imb", "method", "seed", "epochs", "device", "compile"} | NO_MATTER
+    if config.dataset == "folder":                      # another folder is another data set
+        others -= {"data", "train_list", "test_list"}
     flags = [(f.name, getattr(config, f.name)) for f in fields(Config) if f.name not in others]
     return " ".join(f"{flag(name)} {value:g}" if isinstance(value, float) else f"{flag(name)} {value}" for name, value in flags
                     if value != getattr(preset, name) or name == "recipe" and value != "paper")
@@ -603,7 +617,7 @@ def read_results(path):
         return []
     try:
         with open(path, newline="") as file:
-            head, *rows = csv.reader(file)
+            head, *rows = list(csv.reader(file)) or [()]
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
