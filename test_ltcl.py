@@ -584,7 +584,9 @@ def tiny_data(n=(12, 6, 3), seed=0):
 
 
 def tiny_trainer(**settings):
-    settings = dict(dataset="tiny.npz", net="resnet8", batch_size=8, lr=0.05, device="cpu", epochs=2, patches=2) | settings
+    settings = dict(dataset="tiny.npz", net="resnet8", batch_size=8, lr=0.05, device="cpu", epochs=2) | settings
+    if settings.get("method") != "ce":
+        settings.setdefault("patches", 2)
     return ltcl.Trainer(train.Config.of(**settings), tiny_data())
 
 
@@ -808,7 +810,7 @@ def write_tree(root, n=(8, 6, 4, 1), size=(80, 60), held_out="val", modes=("RGB"
 
 
 FOLDER = ["--dataset", "folder", "--net", "resnet18", "--method", "dscl", "--size", "64", "--batch-size", "6", "--epochs", "1",
-          "--lr", "0.02", "--patches", "2", "--workers", "2", "--device", "cpu"]
+          "--lr", "0.02", "--workers", "2", "--device", "cpu"]
 
 
 def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
@@ -878,8 +880,7 @@ def test_list_files(tmp_path, capsys):
     refused(capsys, tmp_path, argv, "test label 7")
     (tmp_path / "val.txt").write_text((tmp_path / "val.txt").read_text().replace(" 7\n", " 1\n"))
     (tmp_path / "train.txt").write_text(whole + "train/missing.png 1\n")
-    at = argv.index("--patches")
-    assert train.main([*argv[:at], *argv[at + 2:], "--method", "ce"]) == 0      # one of 151 is missing
+    assert train.main([*argv, "--method", "ce"]) == 0   # one of 151 is missing
     assert "missing.png is not a readable image" in capsys.readouterr().err
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
@@ -1419,6 +1420,16 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         refused(capsys, tmp_path, argv, "results.csv")  # before the training, not after it
         refused(capsys, tmp_path, ["--tables", results], "results.csv")
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
+
+
+def test_other_pictures_are_another_run():
+    trainer = tiny_trainer(method="ce")
+    other = ltcl.Trainer(trainer.config, tiny_data(seed=1))
+    assert torch.equal(trainer.y, other.y)              # of the same classes
+    with pytest.raises(ltcl.InputError, match="training images are not those"):
+        other.load_state_dict(trainer.state_dict())
+    a, b = (train.Config.of(dataset="folder", data=name) for name in ("a", "b"))
+    assert train.run_key(a) != train.run_key(b) and train.run_name(a) != train.run_name(b)
 
 
 def test_runs_side_by_side_get_folders_of_their_own(tmp_path, monkeypatch):
