@@ -401,12 +401,13 @@ class Hybrid(nn.Module):
 def running_statistics_at_rest(net):
     """BatchNorm layers use a batch's statistics but don't remember them: patches would spoil
     what the evaluation of whole images relies on."""
-    for m in batchnorms(net):
+    layers = batchnorms(net)
+    for m in layers:
         m.track_running_stats = False
     try:
         yield
     finally:
-        for m in batchnorms(net):
+        for m in layers:
             m.track_running_stats = True
 
 
@@ -639,6 +640,8 @@ class Trainer:
                   file=sys.stderr)
         files = isinstance(data.x_train, ImageFiles)
         self.x, self.x_test = take(data.x_train, kept), data.x_test
+        content = "/".join(Path(path).name for path in self.x.paths).encode() if files else self.x.numpy()
+        self.fingerprint = zlib.crc32(data.y_train[kept].numpy(), zlib.crc32(content))      # of the training images
         if not files:
             self.x, self.x_test = self.x.to(self.device), self.x_test.to(self.device)
         self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
@@ -651,8 +654,6 @@ class Trainer:
         self.resize = max(pixels.shape[2:])             # a picture's shorter side becomes this; cut out of it,
         self.size = [c.size] * 2 if self.aug == "resized" and files else list(pixels.shape[2:])  # [h,w], as in views
         self.rng = torch.Generator(self.device)         # of batches and views, see reseed
-        content = "/".join(Path(path).name for path in self.x.paths).encode() if files else self.x.cpu().numpy()
-        self.fingerprint = zlib.crc32(self.y.cpu().numpy(), zlib.crc32(content))    # of the training images
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         self.build(mean, std)
 

@@ -1542,6 +1542,7 @@ def refused(capsys, folder, argv, *words):
     (["stray"], ["stray"]),
     (["--method", "ce", "--tau", "0.3"], ["--tau", "--method ce"]),
     (["--method", "sc", "--alpha", "0.5"], ["--alpha", "--method sc"]),
+    (["--method", "ce", "--pbsd", "1.5"], ["--pbsd", "--method ce"]),
     (["--patch-size", "100000"], ["--patch-size", "1024"]),
     (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
     (["--resume"], ["holds no run"]),

@@ -42,6 +42,17 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def flags_text(settings):
+    """Settings, {field: value}, as they are typed."""
+    return " ".join(f"{flag(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
+                    for name, value in settings.items())
+
+
+def check_useful(given, flags, action):
+    useless = set(given) - flags
+    ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with {action}: leave it out")
+
+
 def setting(default, help, choices=None, low=None, high=None):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -129,12 +140,12 @@ class Config:
     def of(cls, **given):
         """The presets of data set and method, overridden by what is given."""
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
-        idle = {"ce": {"tau", "alpha", "pbsd", "patches", "patch_size", "box_scale"}, "sc": {"alpha"}, "psc": {"alpha"}}
-        useless = {name for name in idle.get(method, set()) & given.keys() if given[name] != getattr(cls, name) and given[name] != 0}
-        ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with --method {method}: leave it out")
         preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
-        record = PRESETS["record"] if given.get("recipe") == "record" else {}
-        return cls(**preset | record | given)
+        preset |= PRESETS["record"] if given.get("recipe") == "record" else {}
+        changed = {name for name, value in given.items() if value != preset.get(name, getattr(cls, name, None))}
+        idle = {"ce": {"tau", "alpha", "pbsd", "patches", "patch_size", "box_scale"}, "sc": {"alpha"}, "psc": {"alpha"}}
+        check_useful(changed & idle.get(method, set()), set(), f"--method {method}")
+        return cls(**preset | given)
 
 
 IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
@@ -396,9 +407,9 @@ class Run:
         self.out = out
         if RANK == 0:
             self.out = out = make_folder(config, out)
-            t.config.out = str(out)
+            config.out = str(out)
             self.records = [r for r in read_log(out) if r["epoch"] <= t.epoch]
-            ltcl.write_whole(out / "config.json", json.dumps(asdict(t.config), indent=1).encode())
+            ltcl.write_whole(out / "config.json", json.dumps(asdict(config), indent=1).encode())
             self.write_log()
             if not state:
                 save_views(t, out / "views.png")
@@ -491,16 +502,10 @@ def print_result(trainer, seconds):
     again |= {name: getattr(c, name) for name in names if getattr(c, name) != getattr(preset, name)}
     if c.dataset == "shapes" and c.method == "ce":
         again = dict(dataset="cifar100", imb=100, method="dscl")
-    print(f"\nSaved in {c.out}. To try next: python train.py " + " ".join(
-        f"{flag(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}" for name, value in again.items()))
+    print(f"\nSaved in {c.out}. To try next: python train.py {flags_text(again)}")
 
 
 # --- using what was trained --------------------------------------------------------------------
-
-def check_useful(given, flags, action):
-    useless = set(given) - flags
-    ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with {action}: leave it out")
-
 
 def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
@@ -554,8 +559,9 @@ def report(runs):
             for name, label in curves.items():
                 points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
                 if points:
+                    style = dict(color="grey", linestyle="--") if name == "contrast_weight" else {}
                     axes.plot(*zip(*points), label=label, linewidth=2.5 if name in ("loss", "top1") else 1.2,
-                              linestyle="--" if name == "contrast_weight" else "-", marker=None if points[1:] else ".")
+                              marker=None if points[1:] else ".", **style)
             axes.set_xlabel("epoch")
             axes.legend(fontsize=8)
         loss.set_title(run.name)
@@ -587,9 +593,8 @@ def settings_text(config):
     others = {"dataset", "imb", "method", "seed", "epochs", "device", "compile"} | NO_MATTER
     if config.dataset == "folder":                      # another folder is another data set
         others -= {"data", "train_list", "test_list"}
-    flags = [(f.name, getattr(config, f.name)) for f in fields(Config) if f.name not in others]
-    return " ".join(f"{flag(name)} {value:g}" if isinstance(value, float) else f"{flag(name)} {value}" for name, value in flags
-                    if value != getattr(preset, name) or name == "recipe" and value != "paper")
+    return flags_text({name: value for name, value in asdict(config).items() if name not in others
+                       and (value != getattr(preset, name) or name == "recipe" and value != "paper")})
 
 
 def run_key(config):
