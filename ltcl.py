@@ -762,9 +762,9 @@ class Trainer:
         query, key, plain, _ = self.augmentation
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
         seen = views[:1] if self.keys else views        # the momentum encoder takes the keys' view
-        plain = [plain(x_ce, self.rng, self.size)] if self.classifies else []
+        classified = [plain(x_ce, self.rng, self.size)] if self.classifies else []
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
-            maps = self.net.maps(torch.cat(seen + plain))               # [3N,width,h,w] of each expert
+            maps = self.net.maps(torch.cat(seen + classified))          # [3N,width,h,w] of each expert
         parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y) if weight else ({}, None)
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
