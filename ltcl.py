@@ -504,7 +504,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
         empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
         blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
-        blocks += [torch.addmm(e, q, m.T, alpha=1 / tau) for m, e in zip(queue.split(8192), empty.split(8192))]
+        blocks += [torch.addmm(empty[i:i + 8192], q, queue[i:i + 8192].T, alpha=1 / tau) for i in range(0, len(queue), 8192)]
         candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N]
         return (candidates - weight * s_augmentation - (1 - weight) * s_class).mean()
 
