@@ -1422,6 +1422,16 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
 
 
+def test_seeds_of_other_settings_have_other_folders(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [*tiny, "--method", "ce", "--quiet", "--seeds", "0", "--results", "results.csv"]
+    for more in ([], ["--momentum", "0.5"], ["--epochs", "1"]):
+        assert train.main([*argv, *more]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == len(train.read_results("results.csv")) == 3
+    assert train.main([*argv, "--results", "others.csv"]) == 0          # the finished run is found again
+    assert len(list((tmp_path / "runs").iterdir())) == 3 and len(train.read_results("others.csv")) == 1
+
+
 def test_other_pictures_are_another_run():
     trainer = tiny_trainer(method="ce")
     other = ltcl.Trainer(trainer.config, tiny_data(seed=1))

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -722,7 +723,8 @@ def planned(do, given):
     runs = []
     for seed in do.seeds:
         config = Config.of(**given | dict(seed=seed))
-        out = f"{given['out']}-seed{seed}" if given.get("out") else f"runs/{run_name(config)}"
+        name = f"{run_name(config)} {config.epochs} epochs {settings_text(config)}"      # other settings, another folder
+        out = f"{given['out']}-seed{seed}" if given.get("out") else "runs/" + re.sub(r"[^\w.]+", "-", name)[:200].strip("-")
         if run_key(config) in done:
             say(f"seed {seed}: {do.results} has it already")
         else:
