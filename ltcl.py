@@ -683,11 +683,11 @@ class Trainer:
         for e in net.experts:                           # or DistributedDataParallel waits for their gradients
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
-        if self.ranks > 1:                              # agree() shares the buffers; a second stage has fewer weights
+        if self.ranks > 1:
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
-            self.forward = nn.parallel.DistributedDataParallel(
-                hybrid, broadcast_buffers=False, find_unused_parameters=c.curriculum == "two-stage")
+            unused = c.curriculum == "two-stage"        # weights without a gradient, to search for in every step
+            self.forward = nn.parallel.DistributedDataParallel(hybrid, find_unused_parameters=unused)
 
     def images(self, x, plan):
         """The images of each batch of rows in plan, uint8 [n,3,H,W] on the device, with the rows

@@ -708,7 +708,9 @@ def processes(config):
             raise
         raise Lost(f"another process of the run ended, or didn't answer within --timeout {config.timeout:g} s: "
                    "start all again, with --resume --out and the run's folder") from None
-    dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():                       # or its threads abort the program where it ends by an error
+            dist.destroy_process_group()
 
 
 def planned(do, given):
