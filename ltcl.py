@@ -40,9 +40,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 
 class InputError(ValueError):
@@ -100,15 +100,13 @@ class Dataset:  # made by load_dataset, in the appendix
 def hold_out(data, share):
     """The data with a share of each training class as its test set: to choose settings by, so that the real
     test set stays unseen. Raises InputError where a class has too few images."""
-    x, y, sizes = data.x_train, data.y_train, torch.bincount(data.y_train).tolist()
-    counts = [math.ceil(share * n) for n in sizes]
-    short = [c for c, n in enumerate(sizes) if counts[c] >= n]
-    require(not short, f"--holdout {share:g} leaves class {min(short, default=0)} no training image: "
+    y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
+    counts = np.ceil(share * sizes).astype(int)                                 # [C]
+    require((counts < sizes).all(), f"--holdout {share:g} leaves class {(counts >= sizes).argmax()} no training image: "
             "it needs two or more of each class")
-    held = torch.zeros(len(y), dtype=torch.bool)
-    held[draw_of_each_class(y.numpy(), counts)] = True
-    kept, test = torch.where(~held)[0], torch.where(held)[0]
-    return Dataset(take(x, kept), y[kept], take(x, test), y[test], data.class_names)
+    test = draw_of_each_class(y.numpy(), counts)
+    kept = np.setdiff1d(np.arange(len(y)), test)
+    return Dataset(take(data.x_train, kept), y[kept], take(data.x_train, test), y[test], data.class_names)
 
 
 def take(x, rows):
@@ -131,7 +129,7 @@ def random_crop(x, rng):
     B, _, H, W = x.shape
     pad = H // 8
     windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)   # [B,3,2*pad+1,2*pad+1,H,W], no copy
-    dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng, device=x.device)
+    dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng, device=x.device)     # [B] each
     return windows[torch.arange(B, device=x.device), :, dy, dx]     # [B,3,H,W]
 
 
@@ -139,20 +137,20 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
     """L boxes in each of B images of H x W pixels: [B,L,4], the corners x1, y1, x2, y2 in pixels.
 
     scale is the box's share of the area, as in [D]'s code, and ratio its width over its height.
-    side_scale: the supplement's drawing, h = s*r*H and w = s*W, where s is a share of the side.
+    side_scale: the supplement's drawing, h = s*r*H and w = s*W: s is a share of the side, r stretches the height.
     """
-    s, r, u, v = torch.rand(4, B, L, generator=rng, device=rng.device)
+    s, r, u, v = torch.rand(4, B, L, generator=rng, device=rng.device)                  # [B,L] each
     s, r = scale[0] + (scale[1] - scale[0]) * s, ratio[0] * (ratio[1] / ratio[0]) ** r
     h, w = (s * r * H, s * W) if side_scale else ((s * H * W / r).sqrt(), (s * H * W * r).sqrt())   # [B,L]
     h, w = h.clamp(max=H), w.clamp(max=W)
     x1, y1 = u * (W - w), v * (H - h)
-    return torch.stack([x1, y1, x1 + w, y1 + h], 2)
+    return torch.stack([x1, y1, x1 + w, y1 + h], 2)                                     # [B,L,4]
 
 
 def cut(x, boxes, size, cells=1.0, samples=-1):
     """The boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size].
-    cells: how many cells of x one pixel of the boxes spans (1/4 at stride 4); aligned=True puts boxes on
-    pixels and on cells at the same place. samples: points along a side of an output pixel; -1: as many as it covers."""
+    cells: how many cells of x one pixel of the boxes spans (1/4 at stride 4); with aligned=True cell i is the tile
+    from pixel i/cells to (i+1)/cells. samples: points along a side of an output pixel; -1: as many as it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
     return torchvision.ops.roi_align(x.float(), torch.cat([image[:, None], boxes.flatten(0, 1)], 1), size,
                                      spatial_scale=cells, sampling_ratio=samples, aligned=True)
@@ -165,17 +163,10 @@ def random_flip(x, rng, p=0.5):
     return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes three times as fast as torch.where
 
 
-def luma(device):
-    """How bright red, green and blue look, [1,3]; made on the device, which needn't wait for the host then."""
-    red, green, blue = torch.eye(3, device=device).split(1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
 def random_grayscale(x, rng, p=0.2):
     """Take the colour away with probability p: float [B,3,H,W] -> same."""
-    grey = (luma(x.device) @ x.flatten(2)).unflatten(2, x.shape[2:])                    # [B,1,H,W]
     chosen = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p            # [B,1,1,1]
-    return torch.lerp(x, grey, chosen.to(x.dtype))          # twice as fast as torch.where
+    return torch.lerp(x, TF.rgb_to_grayscale(x), chosen.to(x.dtype))   # twice as fast as torch.where
 
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
@@ -183,7 +174,7 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
     [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
     turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
-    to_grey = luma(x.device).expand(3, 3)                                       # [3,3] a colour to its grey
+    to_grey = TF.rgb_to_grayscale(eye[:, :, None, None]).view(1, 3).expand(3, 3)   # [3,3] a colour to its grey
     cross = (eye.roll(-1, 1) - eye.roll(1, 1)) / math.sqrt(3)                   # [3,3] cross product with the grey axis
     turn = hue.cos() * eye + hue.sin() * cross + (1 - hue.cos()) / 3            # [B,3,3] about it (Rodrigues' formula)
     saturate = (1 + s) * eye - s * to_grey                                      # [B,3,3] away from the pixel's grey
@@ -394,21 +385,7 @@ class Hybrid(nn.Module):
 
     def preprocess(self, picture):
         """A picture, a path or a PIL image, as this network takes it: float [3,H,W] in 0..1; see load()."""
-        return center_crop(resize(read_picture(picture), self.resize), self.size) / 255
-
-
-@contextlib.contextmanager
-def running_statistics_at_rest(net):
-    """BatchNorm layers use a batch's statistics but don't remember them: patches would spoil
-    what the evaluation of whole images relies on."""
-    layers = batchnorms(net)
-    for m in layers:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in layers:
-            m.track_running_stats = True
+        return TF.center_crop(read_picture(picture, self.stored), self.size) / 255
 
 
 # ---------------------------------------------------------------------------------------
@@ -438,14 +415,14 @@ def sc_loss(z, y, tau=0.1):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        slot, zero = torch.searchsorted(y.sort().values, y), torch.zeros_like(z)   # [B] one for each class in the batch
-        total = zero.index_add(0, slot, z)                                         # [B,D] sums over classes: no B x B mask
-        count = zero[:, 0].index_add(0, slot, zero[:, 0] + 1)                      # [B]
-        P = count[slot] - 1                                                        # [B] |P_i|: not itself
-        s_class = (z * (total[slot] - z)).sum(1) / P.clamp(min=1) / tau            # [B] mean over P_i
-        anchor = torch.arange(len(z), device=z.device)                             # [B] itself is no candidate:
-        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == anchor, torch.finfo(z.dtype).min) for i in anchor.split(512)]
-        candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] by 512 rows: memory
+        group, zero = torch.searchsorted(y.sort().values, y), torch.zeros_like(z)  # [B] a number for each class, [B,D]
+        total = zero.index_add(0, group, z)                                        # [B,D] sums over classes: no B x B mask
+        count = zero[:, 0].index_add(0, group, zero[:, 0] + 1)                     # [B]
+        P = count[group] - 1                                                       # [B] |P_i|: not itself
+        s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
+        row = torch.arange(len(z), device=z.device)                                # [B] an anchor is no candidate of its own
+        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
+        candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] from blocks [512,B]: they save memory
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
 
 
@@ -490,15 +467,15 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
-        # the positives, by sums over classes: no N x K mask
-        classes, zero = y.sort().values, torch.zeros_like(q)                       # [N], [N,D]
-        slot = torch.searchsorted(classes, y)                                      # [N] one for each class in the batch
-        there = torch.searchsorted(classes, queue_y).clamp(max=len(y) - 1)         # [K] the queue's slots,
-        known = (classes[there] == queue_y).to(q.dtype)                            # [K] 0 for classes not in the batch
-        total = zero.index_add(0, slot, q + k).index_add(0, there, queue * known[:, None])             # [N,D]
-        count = zero[:, 0].index_add(0, slot, zero[:, 0] + 2).index_add(0, there, known)               # [N]
-        P = count[slot] - 2                                                        # [N] |P_i|: not itself, not i+
-        s_class = (q * (total[slot] - q - k)).sum(1) / P.clamp(min=1) / tau        # [N] mean over P_i
+        # the positives, by sums over the classes of the batch: no N x K mask
+        labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
+        group = torch.searchsorted(labels, y)                                      # [N] a class's number: its place in labels
+        theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K] the queue's, wrong for other classes,
+        known = (labels[theirs] == queue_y).to(q.dtype)                            # [K] whose weight is 0
+        total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
+        count = zero[:, 0].index_add(0, group, zero[:, 0] + 2).index_add(0, theirs, known)             # [N]
+        P = count[group] - 2                                                       # [N] |P_i|: not itself, not i+
+        s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
         weight = torch.where(P > 0, alpha, torch.ones_like(P))                     # [N]
         # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
@@ -524,11 +501,11 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
         c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
         c, s = c.flatten(0, 1), s.flatten(0, 1)                                    # [N*L,D]
-        never = torch.zeros_like(candidates[:, 0])                                 # [K]
+        empty = torch.zeros_like(candidates[:, 0])                                 # [K] added to the logits
         if valid is not None:
-            never = never.masked_fill(~valid, torch.finfo(s.dtype).min)
-        p = torch.addmm(never, c, candidates.detach().T, alpha=1 / tau).softmax(1)             # [N*L,K]
-        logits = torch.addmm(never, s, candidates.T, alpha=1 / tau)                # [N*L,K]
+            empty = torch.finfo(s.dtype).min * (~valid).to(s.dtype)
+        p = torch.addmm(empty, c, candidates.detach().T, alpha=1 / tau).softmax(1)             # [N*L,K]
+        logits = torch.addmm(empty, s, candidates.T, alpha=1 / tau)                # [N*L,K]
         return (logits.logsumexp(1) - (s * (p @ candidates)).sum(1) / tau).mean()
 
 
@@ -583,11 +560,11 @@ def learning_rate(t, c):
 # ---------------------------------------------------------------------------------------
 
 def gather(t, dim=0):
-    """t of all processes, one after the other, with gradient; t itself where there is one alone.
+    """t of all processes, one after the other along dim; t itself where there is one alone.
 
-    Every process computes the loss over all rows and sends it back through its own rows, which so get their
-    whole gradient. DistributedDataParallel then takes the mean over the processes, most of which have none for
-    these rows: the gradient is multiplied by their number here."""
+    Every process computes the same loss over all rows, but its gradient flows into its own rows alone.
+    DistributedDataParallel then takes the mean of these gradients where their sum is wanted, so each
+    is multiplied by the number of processes here."""
     if not dist.is_initialized():
         return t
     t = t.contiguous()
@@ -604,12 +581,12 @@ def shot_groups(counts):
 
 def accuracy(predicted, y, counts):
     """Accuracy in % on a test set [M], over all images (top1), of each class (by_class), as the mean over
-    classes (balanced) and over those of each shot group; None for a group without classes."""
+    classes (balanced) and over those of each shot group; None for a group without test images."""
     C, hit = len(counts), (predicted == y).double()
     by_class = 100 * torch.zeros(C).double().index_add(0, y, hit) / torch.bincount(y, minlength=C)  # [C]
-    return dict(top1=100 * hit.mean().item(), balanced=by_class.nanmean().item(),
-                **{name: by_class[g].nanmean().item() if g.any() else None for name, g in shot_groups(counts).items()},
-                by_class=by_class.tolist())
+    groups = {name: by_class[g] for name, g in shot_groups(counts).items()}
+    return dict(top1=100 * hit.mean().item(), balanced=by_class.nanmean().item(), by_class=by_class.tolist(),
+                **{name: None if a.isnan().all() else a.nanmean().item() for name, a in groups.items()})
 
 
 class Trainer:
@@ -628,16 +605,13 @@ class Trainer:
                 f"--stage2-batch {c.stage2_batch} can't be shared by {self.ranks} processes: take multiples of it")
         self.history = []                               # losses of the steps done in this epoch
         self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
-        self.epoch = 0                                  # epochs done, of
-        self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)
+        self.epoch = 0                                  # epochs done
+        self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)        # of both stages
         self.device = pick_device(c.device)
         data = hold_out(data, c.holdout) if c.holdout else data
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
-        if c.queue > len(kept):
-            print(f"warning: --queue {c.queue} is more than the {len(kept)} training images: it holds some twice",
-                  file=sys.stderr)
         files = isinstance(data.x_train, ImageFiles)
         self.x, self.x_test = take(data.x_train, kept), data.x_test
         content = "/".join(Path(path).name for path in self.x.paths).encode() if files else self.x.numpy()
@@ -651,8 +625,8 @@ class Trainer:
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
         self.augmentation = AUGMENTATIONS[self.aug]
-        self.resize = max(pixels.shape[2:])             # a picture's shorter side becomes this; cut out of it,
-        self.size = [c.size] * 2 if self.aug == "resized" and files else list(pixels.shape[2:])  # [h,w], as in views
+        self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network brings others,
+        self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored    # and of the views cut out of them
         self.rng = torch.Generator(self.device)         # of batches and views, see reseed
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         self.build(mean, std)
@@ -669,7 +643,6 @@ class Trainer:
         self.net = net.to(self.device, memory_format=layout(self.device))
         self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
-        self.pairs = {}                                 # see follow
         if c.compile == "on":
             self.net.maps = torch.compile(self.net.maps, dynamic=False)
         self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
@@ -690,8 +663,8 @@ class Trainer:
             self.forward = nn.parallel.DistributedDataParallel(hybrid, find_unused_parameters=unused)
 
     def images(self, x, plan):
-        """The images of each batch of rows in plan, uint8 [n,3,H,W] on the device, with the rows
-        that they are. Files are read by workers; one that can't be is left out for its neighbour."""
+        """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
+        read by workers; in place of one that can't be read comes the next that can, with that one's row."""
         if isinstance(x, torch.Tensor):
             yield from ((x[rows], rows) for rows in plan)
             return
@@ -722,10 +695,14 @@ class Trainer:
         side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]
-        with running_statistics_at_rest(self.net):
-            students = self.net.embed(self.net.maps(patches))                                   # [E,N*L,D]
-            with torch.no_grad():
-                teachers = self.net.embed([cut(m, boxes, 2, m.shape[3] / W) for m in maps])     # [E,N*L,D]
+        for m in batchnorms(self.net):                  # patches would spoil the running statistics,
+            m.track_running_stats = False               # on which the evaluation of whole images relies
+        students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
+        with torch.no_grad():                           # padded convolutions of stride 2 put the middle of what
+            shift = (W / maps[0].shape[3] - 1) / 2      # cell i sees on pixel i * stride, not on that of its tile
+            teachers = self.net.embed([cut(m, boxes + shift, 2, m.shape[3] / W) for m in maps])         # [E,N*L,D]
+        for m in batchnorms(self.net):
+            m.track_running_stats = True
         valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
         losses = [pbsd_loss(t.view(N, c.patches, -1), s.view(N, c.patches, -1), torch.cat([k, queue]), c.tau, valid)
                   for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
@@ -814,19 +791,15 @@ class Trainer:
         self.scaler.update()
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
-        if self.keys and self.weight:
-            self.follow(self.keys, self.config.ema)
-        if self.averaged:
-            self.follow(self.averaged, self.config.average)
+        for slow, decay in ((self.keys, self.config.ema), (self.averaged, self.config.average)):
+            if slow:
+                self.follow(slow, decay)
         return {name: part.detach() for name, part in parts.items()}
 
-    @torch.no_grad()
     def follow(self, slow, decay):
         """The parameters and buffers of a slow copy take a step towards the trained network's."""
-        if slow not in self.pairs:                      # once: to collect them takes the host a millisecond
-            pairs = zip(slow.state_dict().values(), self.net.state_dict().values())
-            self.pairs[slow] = list(zip(*[pair for pair in pairs if pair[0].is_floating_point()]))
-        get_ema_multi_avg_fn(decay)(*self.pairs[slow], None)
+        pair = [[*net.parameters(), *net.buffers()] for net in (slow, self.net)]
+        get_ema_multi_avg_fn(decay)(*pair, None)
 
     def reseed(self, *place):
         """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
@@ -880,7 +853,7 @@ class Trainer:
         plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
         found = [torch.zeros(3, 0, dtype=torch.int64, device=self.device)]      # for a process without a batch
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            predicted = net(center_crop(x, self.size).float() / 255).argmax(1)                  # [500]
+            predicted = net(TF.center_crop(x, self.size).float() / 255).argmax(1)                  # [500]
             found.append(torch.stack([predicted, rows, asked]))                                 # [3,500]
         everyones = [torch.cat(found, 1).cpu()] * self.ranks
         if self.ranks > 1:
@@ -899,7 +872,7 @@ class Trainer:
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
                     epoch=self.epoch, history=self.history, evaluated=self.evaluated, elapsed=self.elapsed, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
-                    fingerprint=self.fingerprint, resize=self.resize, size=self.size,
+                    fingerprint=self.fingerprint, stored=self.stored, size=self.size,
                     versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
 
     def load_state_dict(self, state):
@@ -992,22 +965,23 @@ def read_npz(path):
     return Dataset(*data, check_labels(path, y_train, y_test, arrays.get("class_names")))
 
 
-def read_picture(file):
+def read_picture(file, size=None):
     """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
-    white. Raises what PIL raises."""
+    white; the middle of it resized to size [h,w] where that is given. Raises what PIL raises."""
     picture = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
     if picture.mode.startswith("I") and picture.getextrema()[1] > 255:      # 16 bits of grey: PIL would cut them off
         picture = picture.point(lambda v: v / 256).convert("L")
     if "A" in picture.mode or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return pil_to_tensor(picture.convert("RGB"))
+    picture = picture.convert("RGB")
+    return TF.pil_to_tensor(ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR) if size else picture)
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Image files of any size and kind as uint8 [3,side,side]: the shorter side resized, the middle
-    cut out. side None: as they are. Item i is (pixels, row); row is i, or, if file i cannot be read,
-    that of the next readable file, whose pixels are returned instead."""
+    """Image files of any size and kind as uint8 [3,side,side], the middle of each resized. side None: as
+    they are. Item i is (pixels, row); row is i, or, if file i cannot be read, that of the next readable
+    file, whose pixels are returned instead."""
 
     def __init__(self, paths, side):
         self.paths, self.side, self.unreadable = paths, side, set()
@@ -1018,8 +992,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, i):
         for row in itertools.chain(range(i, len(self)), range(i)):
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
-                x = read_picture(self.paths[row])                               # uint8 [3,h,w]
-                return (x if self.side is None else center_crop(resize(x, self.side), self.side)), row
+                return read_picture(self.paths[row], self.side and [self.side] * 2), row
         raise InputError(f"none of {len(self)} image files can be read, {self.paths[i]} for one: look at them")
 
     def report(self, asked, rows):
@@ -1212,7 +1185,7 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"net", "config", "epoch", "history", "ranks", "fingerprint", "class_names", "counts", "resize",
+        known = state.keys() >= {"net", "config", "epoch", "history", "ranks", "fingerprint", "class_names", "counts", "stored",
                                  "size"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
@@ -1233,5 +1206,5 @@ def load(run, device="auto"):
         net.load_state_dict(state["averaged"] or state["net"])
     except Exception as error:  # another version's
         raise InputError(f"{run}: its weights don't fit this program ({str(error).splitlines()[0]})") from None
-    net.class_names, net.counts, net.resize, net.size = (state[key] for key in ("class_names", "counts", "resize", "size"))
+    net.class_names, net.counts, net.stored, net.size = (state[key] for key in ("class_names", "counts", "stored", "size"))
     return net.to(pick_device(device)).eval()

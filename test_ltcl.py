@@ -452,6 +452,26 @@ def test_blur_is_torchvisions():
     assert 35 < (half == x.repeat(20, 1, 1, 1)).flatten(1).all(1).sum() < 85
 
 
+@pytest.mark.parametrize("name, side", [("resnet8", 32), ("resnet20", 32), ("resnet18", 224)])
+def test_a_teacher_looks_at_the_middle_of_its_box(name, side, monkeypatch):
+    """What the pixels do to the pooled features is centred where the box is, as far as a net of random weights goes."""
+    trainer, boxes, cut = tiny_trainer(net=name), [], ltcl.cut
+    monkeypatch.setattr(ltcl, "cut", lambda x, b, *rest: boxes.append(b) or cut(x, b, *rest))
+    x = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    maps = trainer.net.eval().maps(x)
+    trainer.patch_loss(x.detach(), maps, unit(1, 4, 128, dtype=torch.float32))
+    shift = boxes[1] - boxes[0]                                         # of teachers against students
+    assert shift.std() < 1e-4
+    box, centres = torch.tensor([[[0.4, 0.4, 0.6, 0.6]]]).expand(4, 1, 4) * side, []
+    for moved in (box + shift.mean(), box):
+        pooled = cut(maps[0], moved, 2, maps[0].shape[3] / side)
+        grad, = torch.autograd.grad((pooled * unit(*pooled.shape, dtype=torch.float32)).sum(), x, retain_graph=True)
+        energy = grad.square().sum((0, 1))                              # [H,W]
+        middle = torch.arange(side) + 0.5
+        centres.append(torch.stack([energy.sum(0) @ middle, energy.sum(1) @ middle]) / energy.sum() - side / 2)
+    assert centres[0].abs().max() < 0.4 * shift.mean() < 0.6 * shift.mean() < -centres[1].max(), centres
+
+
 def test_a_box_from_right_to_left_is_cut_mirrored():
     x, boxes = torch.rand(5, 3, 20, 20), ltcl.random_boxes(5, 1, 20, 20, torch.Generator().manual_seed(0), scale=(0.1, 1))
     mirrored = ltcl.cut(x, boxes[..., [2, 1, 0, 3]], 16, samples=1)
@@ -500,6 +520,7 @@ def test_accuracy_of_groups():
     result = ltcl.accuracy(torch.tensor([0, 0, 1, 0, 0, 0, 3, 0]), y, counts)
     assert result == dict(top1=50, balanced=50, many=100, medium=25, few=50, by_class=[100, 50, 0, 50])
     assert ltcl.accuracy(y, y, counts + 100)["few"] is None
+    assert ltcl.accuracy(y[:6], y[:6], counts)["few"] is None       # no test image of them
     skewed = ltcl.accuracy(torch.zeros(4).long(), torch.tensor([0, 0, 0, 1]), torch.tensor([200, 200]))
     assert skewed["top1"] == 75 and skewed["balanced"] == 50 == skewed["many"]
 
@@ -585,7 +606,7 @@ def tiny_data(n=(12, 6, 3), seed=0):
 
 def tiny_trainer(**settings):
     settings = dict(dataset="tiny.npz", net="resnet8", batch_size=8, lr=0.05, device="cpu", epochs=2) | settings
-    if settings.get("method") != "ce":
+    if train.Config.of(**settings).pbsd:
         settings.setdefault("patches", 2)
     return ltcl.Trainer(train.Config.of(**settings), tiny_data())
 
@@ -1360,8 +1381,17 @@ def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd):
     assert train.main(["--eval", str(tmp_path / "run")]) == 0
     assert train.main(["--predict", str(tmp_path / "run"), str(picture)]) == 0
     net = ltcl.load(tmp_path / "run", "cpu")
-    x, _ = ltcl.ImageFiles([str(picture)], net.resize)[0]
+    x, _ = ltcl.ImageFiles([str(picture)], net.stored[0])[0]
     torch.testing.assert_close(net.preprocess(picture), torchvision.transforms.functional.center_crop(x, 64) / 255)
+
+
+def test_preprocess_gives_a_picture_the_shape_of_the_training_images(tmp_path):
+    net = ltcl.Hybrid("resnet8", 2, torch.zeros(3), torch.ones(3))
+    net.stored = net.size = [24, 32]
+    x = torch.randint(256, (3, 24, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "same.png")
+    assert torch.equal(net.preprocess(tmp_path / "same.png"), x / 255)
+    assert net.preprocess(write_picture(tmp_path / "other.png", size=(90, 40))).shape == (3, 24, 32)
 
 
 def test_quiet(tiny, tmp_path, capsys):
@@ -1555,6 +1585,8 @@ def refused(capsys, folder, argv, *words):
     (["--method", "sc", "--alpha", "0.5"], ["--alpha", "--method sc"]),
     (["--method", "ce", "--pbsd", "1.5"], ["--pbsd", "--method ce"]),
     (["--patch-size", "100000"], ["--patch-size", "1024"]),
+    (["--pbsd", "0", "--patches", "7"], ["--patches", "--pbsd 0"]),
+    (["--stage2-lr", "3"], ["--stage2-lr", "--curriculum parabolic"]),
     (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
     (["--resume"], ["holds no run"]),
 ])

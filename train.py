@@ -144,9 +144,14 @@ class Config:
         preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
         preset |= PRESETS["record"] if given.get("recipe") == "record" else {}
         changed = {name for name, value in given.items() if value != preset.get(name, getattr(cls, name, None))}
-        idle = {"ce": {"tau", "alpha", "pbsd", "patches", "patch_size", "box_scale"}, "sc": {"alpha"}, "psc": {"alpha"}}
+        config, patches = cls(**preset | given), {"patches", "patch_size", "box_scale"}
+        idle = {"ce": {"tau", "alpha", "pbsd"} | patches, "sc": {"alpha"}, "psc": {"alpha"}}
         check_useful(changed & idle.get(method, set()), set(), f"--method {method}")
-        return cls(**preset | given)
+        if not config.pbsd:
+            check_useful(changed & patches, set(), "--pbsd 0")
+        if config.curriculum != "two-stage":
+            check_useful(changed & {"stage2_epochs", "stage2_batch", "stage2_lr"}, set(), f"--curriculum {config.curriculum}")
+        return config
 
 
 IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
@@ -416,6 +421,8 @@ class Run:
                 save_views(t, out / "views.png")
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
               f"{len(t.y_test)} test images; on {t.device}; into {out}", flush=True)
+        if t.config.queue > len(t.y):
+            say(f"warning: --queue {t.config.queue} is more than the {len(t.y)} training images: it holds some twice")
         steps = len(t.y) // t.config.batch_size * t.config.epochs
         if steps < 100:
             say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or "
@@ -488,7 +495,7 @@ def print_table(title, accuracy, counts):
     classes = {"top1": C} | {name: int(mask.sum()) for name, mask in masks.items()}
     print(f"\n{title}\n")
     for head, cells in (("", ["top-1", *masks]), ("classes", classes.values()),
-                        ("accuracy %", [f"{accuracy[name]:.2f}" if n else "n/a" for name, n in classes.items()]),
+                        ("accuracy %", ["n/a" if accuracy[name] is None else f"{accuracy[name]:.2f}" for name in classes]),
                         ("chance %", [f"{100 / C:.2f}" if n else "n/a" for n in classes.values()])):
         print(f"  {head:12}" + "".join(f"{cell:>9}" for cell in cells))
 
