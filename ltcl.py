@@ -698,9 +698,9 @@ class Trainer:
         for m in batchnorms(self.net):                  # patches would spoil the running statistics,
             m.track_running_stats = False               # on which the evaluation of whole images relies
         students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
-        with torch.no_grad():                           # padded convolutions of stride 2 put the middle of what
-            shift = (W / maps[0].shape[3] - 1) / 2      # cell i sees on pixel i * stride, not on that of its tile
-            teachers = self.net.embed([cut(m, boxes + shift, 2, m.shape[3] / W) for m in maps])         # [E,N*L,D]
+        stride = W / maps[0].shape[3]                   # cell i sees pixels around i * stride, as padded convolutions
+        with torch.no_grad():                           # centre it there and not on its tile: hence the shift
+            teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
         for m in batchnorms(self.net):
             m.track_running_stats = True
         valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
