@@ -601,8 +601,8 @@ class Trainer:
     def __init__(self, config, data):
         c = self.config = config
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        require(c.batch_size % self.ranks == c.stage2_batch % self.ranks == 0, f"--batch-size {c.batch_size} or "
-                f"--stage2-batch {c.stage2_batch} can't be shared by {self.ranks} processes: take multiples of it")
+        for name, n in (("batch-size", c.batch_size), ("stage2-batch", c.stage2_batch))[:1 + (c.curriculum == "two-stage")]:
+            require(n % self.ranks == 0, f"--{name} {n} can't be shared by {self.ranks} processes: take a multiple of it")
         self.history = []                               # losses of the steps done in this epoch
         self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.epoch = 0                                  # epochs done

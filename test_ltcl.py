@@ -1242,9 +1242,14 @@ def test_the_batches_of_two_processes_are_those_of_one():
 def test_a_batch_that_two_processes_cannot_share(monkeypatch):
     for name, value in dict(is_initialized=True, get_rank=0, get_world_size=2).items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    for settings in (dict(batch_size=7), dict(stage2_batch=7)):
-        with pytest.raises(ltcl.InputError, match="can't be shared by 2 processes"):
+    for settings in (dict(batch_size=7), dict(curriculum="two-stage", stage2_batch=7)):
+        with pytest.raises(ltcl.InputError, match="7 can't be shared by 2 processes"):
             tiny_trainer(**settings)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ltcl.InputError, match="--batch-size 8"):
+        tiny_trainer()
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda *_, **__: None)
+    assert tiny_trainer(batch_size=9).ranks == 3        # the unused second stage's 128 is no obstacle
 
 
 def two_processes(argv, script=None, **more):
