@@ -716,7 +716,7 @@ def processes(config):
         raise Lost(f"another process of the run ended, or didn't answer within --timeout {config.timeout:g} s: "
                    "start all again, with --resume --out and the run's folder") from None
     finally:
-        if dist.is_initialized():                       # or its threads abort the program where it ends by an error
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -796,4 +796,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if RANKS > 1:                                       # threads that still wait for a lost process abort an ordinary exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
