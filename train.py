@@ -598,7 +598,7 @@ COLUMNS = (*KEY, *SCORES, "seconds", "hardware", "commit")      # of a row, a li
 def settings_text(config):
     """The flags by which a run's settings differ from the presets."""
     preset = Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe)
-    others = {"dataset", "imb", "method", "seed", "epochs", "device", "compile"} | NO_MATTER
+    others = {"dataset", "imb", "method", "seed", "epochs", "device", "compile", "amp"} | NO_MATTER
     if config.dataset == "folder":                      # another folder is another data set
         others -= {"data", "train_list", "test_list"}
     return flags_text({name: value for name, value in asdict(config).items() if name not in others
@@ -611,11 +611,12 @@ def run_key(config):
 
 
 def result_row(trainer, seconds):
-    hardware, commit = f"{torch.get_num_threads()} threads, torch {torch.__version__}", ""
+    hardware, commit = f"{torch.get_num_threads()} threads", ""
     with contextlib.suppress(OSError, StopIteration):   # Linux alone tells the name of its processor
         hardware = next(line for line in open("/proc/cpuinfo") if "model name" in line).split(": ")[1].strip() + ", " + hardware
     if trainer.device.type == "cuda":
-        hardware = f"{trainer.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+        hardware = f"{trainer.ranks} x {torch.cuda.get_device_name()}"
+    hardware += f", torch {torch.__version__}, {trainer.net.amp or torch.float32}".replace("torch.", "")
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
                                          stderr=subprocess.DEVNULL).strip()
