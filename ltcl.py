@@ -65,7 +65,7 @@ def long_tail_counts(n_max, num_classes, imb):
     Raises InputError for imb < 1. The protocol of the field, [H] follows it too.
     """
     require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
-    return [int(n_max * imb ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
+    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 / 49 is 1
 
 
 def draw_of_each_class(labels, counts, seed=0):
@@ -136,7 +136,8 @@ def random_crop(x, rng):
 def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_scale=False):
     """L boxes in each of B images of H x W pixels: [B,L,4], the corners x1, y1, x2, y2 in pixels.
 
-    scale is the box's share of the area, as in [D]'s code, and ratio its width over its height.
+    scale is the box's share of the area, as in [D]'s code, and ratio its width over its height, before
+    a side longer than the image's is cut to it.
     side_scale: the supplement's drawing, h = s*r*H and w = s*W: s is a share of the side, r stretches the height.
     """
     s, r, u, v = torch.rand(4, B, L, generator=rng, device=rng.device)                  # [B,L] each
@@ -603,6 +604,7 @@ class Trainer:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for name, n in (("batch-size", c.batch_size), ("stage2-batch", c.stage2_batch))[:1 + (c.curriculum == "two-stage")]:
             require(n % self.ranks == 0, f"--{name} {n} can't be shared by {self.ranks} processes: take a multiple of it")
+        require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
         self.history = []                               # losses of the steps done in this epoch
         self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.epoch = 0                                  # epochs done
@@ -640,6 +642,9 @@ class Trainer:
         if c.batchnorm == "sync":
             require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            for m in batchnorms(net):                   # it insists on a counter; on the host and outside the state it costs nothing
+                del m.num_batches_tracked
+                m.num_batches_tracked = torch.zeros(())
         self.net = net.to(self.device, memory_format=layout(self.device))
         self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
@@ -882,7 +887,7 @@ class Trainer:
         try:
             saved = [state[name] for name in ("net", "keys", "averaged", "scaler")] + state["optimizers"]
             for part, its in zip((self.net, self.keys, self.averaged, self.scaler, *self.optimizers), saved):
-                if part:
+                if part and (its or part is not self.scaler):       # a scaler that was off has no state
                     part.load_state_dict(its)
             self.queue.copy_(state["queue"])
             self.queue_y.copy_(state["queue_y"])

@@ -611,6 +611,23 @@ def tiny_trainer(**settings):
     return ltcl.Trainer(train.Config.of(**settings), tiny_data())
 
 
+def test_synchronised_batchnorm_trains(monkeypatch):    # in one process it does without CUDA
+    monkeypatch.setattr(ltcl, "require", lambda *_: None)
+    trainer, plain = (tiny_trainer(method="sc", batchnorm=kind) for kind in ("sync", "local"))
+    assert trainer.train_epoch()["loss"] == pytest.approx(plain.train_epoch()["loss"], rel=1e-3)
+    plain.load_state_dict(trainer.state_dict())
+
+
+def test_a_stop_in_a_seeds_last_evaluation_holds_for_the_next(tiny, tmp_path, monkeypatch):
+    evaluate, argv = ltcl.Trainer.evaluate, [*tiny, "--method", "ce", "--quiet", "--out", str(tmp_path / "run"), "--seeds", "0", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ltcl.Trainer, "evaluate", lambda self: evaluate(self) if self.epoch < self.epochs else
+                      (signal.raise_signal(signal.SIGTERM), evaluate(self))[1])
+        assert train.main(argv) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run-seed1").exists()
+    assert train.main(argv) == 0
+
+
 @pytest.mark.parametrize("K", [1, 5, 8, 13, 40])
 def test_the_queue_against_a_list(K):
     trainer, expected, g = tiny_trainer(queue=K), [], torch.Generator().manual_seed(0)
@@ -1096,8 +1113,11 @@ def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
     write_npz(tmp_path / "tiny.npz", **arrays(n=(11, 6, 3)))
     refused(capsys, tmp_path, resume, "training images are not those")
     write_npz(tmp_path / "tiny.npz")
-    assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "bf16"]) == 0     # given again; no matter; rounding
-    assert "note: --amp goes from auto to bf16" in capsys.readouterr().err
+    assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "fp16"]) == 0     # given again; no matter; rounding
+    assert "note: --amp goes from auto to fp16: the last digits change" in capsys.readouterr().err
+    assert train.main(["--eval", str(out), "--amp", "off"]) == 0
+    monkeypatch.setattr(train, "RANKS", 2)
+    refused(capsys, tmp_path, ["--eval", out], "one process")
     refused(capsys, tmp_path, ["--resume"], "--out")
     refused(capsys, tmp_path, ["--resume", "--eval", out, "--out", out], "choose one")
 
@@ -1441,6 +1461,9 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0           # nothing left to do
     assert train.main(["--resume", "--out", str(tmp_path / "run-seed1"), "--quiet", "--results", str(results)]) == 0
     assert train.read_results(results) == rows          # a run has one row
+    refused(capsys, tmp_path, [*argv, "--out", tmp_path / "other", "--seed", "1"], "has this run already")
+    assert train.main([*argv, "--seeds", "0", "0", "3", "3"]) == 0 and len(train.read_results(results)) == 4     # each once
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:4]))
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--results", str(tmp_path / "none" / "results.csv")], "no such folder")
     refused(capsys, tmp_path, [*argv, "--seeds", "1", "--tau", "0.2"], "--tau is 0.2, but the run in")   # never another's settings
     refused(capsys, tmp_path, [*(a for a in argv if a not in ("--lr", "0.05")), "--seeds", "1"], "--lr is 0.5, but the run in")
@@ -1560,6 +1583,8 @@ def refused(capsys, folder, argv, *words):
     (["--epochs", "0"], ["--epochs", "1 or more"]),
     (["--epochs", "2.5"], ["--epochs", "2.5"]),
     (["--batch-size", "0"], ["--batch-size"]),
+    (["--batch-size", "1", "--device", "cpu"], ["--batch-size 1", "two images"]),
+    (["--method", "ce", "--curriculum", "linear"], ["--curriculum", "--method ce"]),
     (["--batch-size", "100000"], ["--batch-size", "100000", "smaller"]),
     (["--lr", "0"], ["--lr", "above 0"]),
     (["--lr", "inf"], ["--lr", "finite"]),

@@ -149,6 +149,8 @@ class Config:
         check_useful(changed & idle.get(method, set()), set(), f"--method {method}")
         if not config.pbsd:
             check_useful(changed & patches, set(), "--pbsd 0")
+        if method == "ce" and "two-stage" not in (config.curriculum, preset.get("curriculum")):
+            check_useful(changed & {"curriculum"}, set(), "--method ce")
         if config.curriculum != "two-stage":
             check_useful(changed & {"stage2_epochs", "stage2_batch", "stage2_lr"}, set(), f"--curriculum {config.curriculum}")
         return config
@@ -170,7 +172,7 @@ PRESETS = {
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
     ("inat18", "dscl"): MEMORY,
     "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, schedule="cosine",
-                   lr=0.3, weight_decay=2.5e-4),    # constant halves both losses: as lr 0.15 and 5e-4 with weights of 1 are
+                   lr=0.3, weight_decay=2.5e-4, tau=0.1),   # constant halves both losses: as lr 0.15, 5e-4 and weights of 1
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
@@ -269,7 +271,7 @@ def resumed(given):
         else:
             ltcl.require(f.name in ROUNDING, f"{flag(f.name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
                          "or start a new run in another folder with --out")
-        say(f"note: {flag(f.name)} goes from {a} to {b}")
+        say(f"note: {flag(f.name)} goes from {a} to {b}" + ": the last digits change" * (f.name in ROUNDING))
     if state["ranks"] != RANKS:
         say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
     return new, state
@@ -407,7 +409,7 @@ class Run:
     def __init__(self, config, out, state=None):
         print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
         t = self.trainer = make_trainer(config, state)
-        self.records = []
+        self.records, self.number = [], 0
         self.start = self.saved = self.shown = time.time()
         self.begun = t.epoch + bool(t.history) / 2      # about where the clock starts
         self.out = out
@@ -481,6 +483,7 @@ class Run:
               flush=True)
         if number and t.epoch < t.epochs:
             raise Stopped(number, self.out)
+        self.number = number                            # of a signal in the last epoch, for the seeds that follow
 
     def train(self):
         """To the last epoch. Raises Stopped."""
@@ -519,7 +522,8 @@ def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
     state = ltcl.read_checkpoint(run)
     check_useful(given, {"dataset", "data", "train_list", "test_list", "workers", "device", "amp"}, "--eval")
-    trainer = make_trainer(replace(saved_config(state["config"], run), **given), state)
+    config = replace(saved_config(state["config"], run), batchnorm="local", compile="off")      # neither matters here
+    trainer = make_trainer(replace(config, **given), state)
     accuracy, c = trainer.evaluate(), trainer.config
     print_table(f"{run}: {c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}, after {trainer.epoch} of "
                 f"{trainer.epochs} epochs", accuracy, trainer.counts)
@@ -727,11 +731,13 @@ def planned(do, given):
     if not do.seeds:
         config, state = resumed(given) if do.resume else (Config.of(**given), None)
         out = Path(config.out) if config.out else None
+        if not do.resume:
+            ltcl.require(run_key(config) not in done, f"{do.results} has this run already: take another --seed, or another file")
         if out and not do.resume and RANK == 0:
             check_folder(out)
         return [(config, state, out)]
     runs = []
-    for seed in do.seeds:
+    for seed in dict.fromkeys(do.seeds):                # each once
         config = Config.of(**given | dict(seed=seed))
         name = f"{run_name(config)} {config.epochs} epochs {settings_text(config)}"      # other settings, another folder
         out = f"{given['out']}-seed{seed}" if given.get("out") else "runs/" + re.sub(r"[^\w.]+", "-", name)[:200].strip("-")
@@ -755,6 +761,8 @@ def train_all(do, given):
             rows.append(result_row(run.trainer, seconds))
             if do.results and RANK == 0:
                 add_result(do.results, rows[-1])
+            if run.number and len(rows) < len(runs):
+                raise Stopped(run.number, run.out)
         if len(rows) > 1:
             scores = dict(zip(COLUMNS, zip(*rows)))             # the values of each column
             print("\nmean ± standard deviation of " + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
@@ -763,6 +771,8 @@ def train_all(do, given):
 def main(argv=None):
     try:
         do, given = read_arguments(argv)
+        ltcl.require(RANKS == 1 or not (do.eval or do.predict or do.report or do.tables),
+                     "--eval, --predict, --report and --tables take one process: leave torchrun out")
         if do.eval:
             evaluate(do.eval, given, do.per_class)
         elif do.predict:
@@ -779,7 +789,7 @@ def main(argv=None):
         number, out = stopped.args
         program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
         live("")
-        say(f"stopped, all is saved; to go on: {program} train.py --resume --out {out}")
+        say(f"stopped, all is saved; to go on: {program} train.py --resume --out {shlex.quote(str(out))}")
         return 128 + number
     except KeyboardInterrupt:
         message, status = "stopped", 130
