@@ -775,6 +775,18 @@ def test_two_stages():
     assert second[7]["lr"] == pytest.approx(0.0002) and second[7]["loss_ce"] < second[0]["loss_ce"]
 
 
+def test_evaluation_before_the_second_stage_warns(tiny, tmp_path, monkeypatch, capsys):
+    argv = [*tiny, "--curriculum", "two-stage", "--stage2-epochs", "1", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, {2})
+        assert train.main(argv) == 130
+    for warned in (True, False):
+        capsys.readouterr()
+        assert train.main(["--eval", str(tmp_path / "run")]) == 0
+        assert ("second stage" in capsys.readouterr().err) == warned
+        assert train.main([*argv, "--resume"]) == 0
+
+
 def test_experts_share_the_early_stages_and_average_their_logits():
     one, three = (ltcl.Hybrid("resnet8", 5, torch.zeros(3), torch.ones(3), experts=E).eval() for E in (1, 3))
     x, count = torch.rand(4, 3, 32, 32), lambda m: sum(p.numel() for p in m.parameters())
@@ -1446,11 +1458,12 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, {5})                           # in the second seed
         assert train.main([*argv, "--seeds", "0", "1"]) == 130
+    assert "to go on: repeat the command" in capsys.readouterr().err
     assert len(results.read_text().splitlines()) == 2
     capsys.readouterr()
     assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0
     shown = capsys.readouterr()
-    assert "seed 0:" in shown.err and "it already" in shown.err and "mean ± standard deviation of top-1" in shown.out
+    assert "seed 0:" in shown.err and "it already" in shown.err and "seeds 0, 1, 2: mean ± standard deviation of top-1" in shown.out
     with open(results, newline="") as file:
         head, *rows = csv.reader(file)
     assert tuple(head) == train.COLUMNS and [row[4] for row in rows] == ["0", "1", "2"]

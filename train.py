@@ -508,7 +508,8 @@ def print_result(trainer, seconds):
     print_table(f"{c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}: {trainer.epochs} epochs in "
                 f"{seconds:.0f} s on {trainer.device}, last epoch's accuracy", trainer.evaluated, trainer.counts)
     again = dict(dataset=c.dataset, method="dscl" if c.method == "ce" else "ce")
-    names = ("data", "train_list", "test_list", "imb", "net", "epochs", "batch_size", "lr")
+    again |= {} if c.recipe == "paper" else dict(recipe=c.recipe)
+    names = ("data", "train_list", "test_list", "imb", "net", "epochs", "batch_size", "lr", "size", "holdout")
     preset = Config.of(**again)
     again |= {name: getattr(c, name) for name in names if getattr(c, name) != getattr(preset, name)}
     if c.dataset == "shapes" and c.method == "ce":
@@ -525,6 +526,8 @@ def evaluate(run, given, per_class):
     config = replace(saved_config(state["config"], run), batchnorm="local", compile="off")      # neither matters here
     trainer = make_trainer(replace(config, **given), state)
     accuracy, c = trainer.evaluate(), trainer.config
+    if c.curriculum == "two-stage" and c.method != "ce" and trainer.epoch + bool(trainer.history) <= c.epochs:
+        say("warning: the second stage, which trains the classifier, has not begun: its weights are random")
     print_table(f"{run}: {c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}, after {trainer.epoch} of "
                 f"{trainer.epochs} epochs", accuracy, trainer.counts)
     if per_class:
@@ -763,9 +766,12 @@ def train_all(do, given):
                 add_result(do.results, rows[-1])
             if run.number and len(rows) < len(runs):
                 raise Stopped(run.number, run.out)
+        if do.seeds and do.results and RANK == 0:               # with those that the file had
+            keys = [run_key(Config.of(**given | dict(seed=seed))) for seed in do.seeds]
+            rows = [row for row in read_results(do.results) if row[:len(KEY)] in keys]
         if len(rows) > 1:
             scores = dict(zip(COLUMNS, zip(*rows)))             # the values of each column
-            print("\nmean ± standard deviation of " + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
+            print(f"\nseeds {', '.join(scores['seed'])}: mean ± standard deviation of " + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
 
 
 def main(argv=None):
@@ -789,7 +795,8 @@ def main(argv=None):
         number, out = stopped.args
         program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
         live("")
-        say(f"stopped, all is saved; to go on: {program} train.py --resume --out {shlex.quote(str(out))}")
+        say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else
+            f"{program} train.py --resume --out {shlex.quote(str(out))}"))
         return 128 + number
     except KeyboardInterrupt:
         message, status = "stopped", 130
