@@ -771,7 +771,8 @@ def train_all(do, given):
             rows = [row for row in read_results(do.results) if row[:len(KEY)] in keys]
         if len(rows) > 1:
             scores = dict(zip(COLUMNS, zip(*rows)))             # the values of each column
-            print(f"\nseeds {', '.join(scores['seed'])}: mean ± standard deviation of " + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
+            print(f"\nseeds {', '.join(scores['seed'])}: mean ± standard deviation of "
+                  + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
 
 
 def main(argv=None):
