@@ -627,6 +627,7 @@ class Trainer:
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
         self.augmentation = AUGMENTATIONS[self.aug]
+        require(min(pixels.shape[2:]) >= 8, f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels: a side needs 8 or more")
         self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network brings others,
         self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored    # and of the views cut out of them
         self.rng = torch.Generator(self.device)         # of batches and views, see reseed
@@ -703,7 +704,7 @@ class Trainer:
         for m in batchnorms(self.net):                  # patches would spoil the running statistics,
             m.track_running_stats = False               # on which the evaluation of whole images relies
         students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
-        stride = W / maps[0].shape[3]                   # cell i sees pixels around i * stride, as padded convolutions
+        stride = 4 if c.net in CIFAR_NETS else 32       # cell i sees pixels around i * stride, as padded convolutions
         with torch.no_grad():                           # centre it there and not on its tile: hence the shift
             teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
         for m in batchnorms(self.net):
@@ -966,8 +967,9 @@ def read_npz(path):
         x = torch.from_numpy(x if x.ndim == 4 else np.stack([x] * 3, 3))               # [N,H,W,3]
         data += [x.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64))]
     x_train, y_train, x_test, y_test = data
+    names = np.atleast_1d(arrays["class_names"]) if "class_names" in arrays else None
     require(x_train.shape[1:] == x_test.shape[1:], f"{path}: training and test images differ in size: resize them to one")
-    return Dataset(*data, check_labels(path, y_train, y_test, arrays.get("class_names")))
+    return Dataset(*data, check_labels(path, y_train, y_test, names))
 
 
 def read_picture(file, size=None):
@@ -1030,9 +1032,9 @@ def read_list(path, root):
     path = path if path.exists() else root / path
     require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
     rows = []
-    for n, line in enumerate(path.read_text().splitlines(), 1):
+    for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
-        require(name and label.isdecimal(), f"{path}, line {n}: {line!r} is not a path and a class number")
+        require(name and label.isdecimal() and len(label) < 10, f"{path}, line {n}: {line!r} is not a path and a class number")
         rows.append((str(root / name), int(label)))
     return rows
 
@@ -1165,7 +1167,9 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.empty(0, device=name)
+        probe.cpu()                                     # meta tensors have no values
+        return probe.device
     except Exception as error:  # torch raises all kinds
         reason = textwrap.shorten(str(error), 100, placeholder=" ...")
         raise InputError(f"--device {name} does not work here ({reason}): try --device cpu") from None
@@ -1190,8 +1194,8 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"net", "config", "epoch", "history", "ranks", "fingerprint", "class_names", "counts", "stored",
-                                 "size"}
+        known = state.keys() >= {"net", "config", "epoch", "history", "evaluated", "ranks", "fingerprint", "class_names", "counts",
+                                 "stored", "size"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
     require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")

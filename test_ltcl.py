@@ -784,6 +784,8 @@ def test_evaluation_before_the_second_stage_warns(tiny, tmp_path, monkeypatch, c
         capsys.readouterr()
         assert train.main(["--eval", str(tmp_path / "run")]) == 0
         assert ("second stage" in capsys.readouterr().err) == warned
+        assert train.main(["--predict", str(tmp_path / "run"), write_picture(tmp_path / "a.png")]) == 0
+        assert ("second stage" in capsys.readouterr().err) == warned
         assert train.main([*argv, "--resume"]) == 0
 
 
@@ -945,6 +947,9 @@ def test_bad_folders(tmp_path, capsys):
     for p in (tmp_path / "train" / "class0").iterdir():
         p.unlink()
     refused(capsys, tmp_path, argv, "class0")
+    for content in (b"\xff\xfe\x00", b"a.png 99999999999999999999999\n"):
+        (tmp_path / "a.txt").write_bytes(content)
+        refused(capsys, tmp_path, [*argv, "--train-list", "a.txt", "--test-list", "a.txt"], "line 1", "not a path and a class number")
 
 
 def test_presets_are_the_papers_settings():
@@ -1459,6 +1464,10 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         interrupt(patch, {5})                           # in the second seed
         assert train.main([*argv, "--seeds", "0", "1"]) == 130
     assert "to go on: repeat the command" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, {1})
+        assert train.main([*argv[:-3], str(tmp_path / "alone"), *argv[-2:], "--seed", "9"]) == 130
+    assert capsys.readouterr().err.endswith(f"--out {tmp_path / 'alone'} --results {results}\n")
     assert len(results.read_text().splitlines()) == 2
     capsys.readouterr()
     assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0
@@ -1487,12 +1496,14 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--seed", "1"], "choose one")
     refused(capsys, tmp_path, [*argv, "--seeds", "3", "--resume"], "choose one")
     refused(capsys, tmp_path, [*argv, "--seeds", "x"], "--seeds")
-    for bad in ("a,b\n1,2\n", "", "\0"):
+    for bad in ("a,b\n1,2\n", "", "\0", ",".join(train.COLUMNS) + "\n" + ",".join("x" * len(train.COLUMNS))):
         results.write_text(bad)
         refused(capsys, tmp_path, [*argv, "--seeds", "7"], "results.csv")
         refused(capsys, tmp_path, argv, "results.csv")  # before the training, not after it
         refused(capsys, tmp_path, ["--tables", results], "results.csv")
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
+    refused(capsys, tmp_path, ["--tables", results, "--lr", "3"], "--lr", "no meaning with --tables")
+    refused(capsys, tmp_path, ["--report", tmp_path, "--results", results], "--results", "no meaning with --report")
 
 
 def test_seeds_of_other_settings_have_other_folders(tiny, tmp_path, monkeypatch):
@@ -1513,6 +1524,8 @@ def test_other_pictures_are_another_run():
         other.load_state_dict(trainer.state_dict())
     a, b = (train.Config.of(dataset="folder", data=name) for name in ("a", "b"))
     assert train.run_key(a) != train.run_key(b) and train.run_name(a) != train.run_name(b)
+    a, b = (train.Config.of(lr=lr) for lr in (0.10000001, 0.10000002))
+    assert train.run_key(a) != train.run_key(b)
 
 
 def test_runs_side_by_side_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -1529,6 +1542,7 @@ def test_tables():
     assert "| sc |  | 200 | 47.0 ± 1.0 | 60.0 ± 0.0 | n/a | 20.0 ± 0.0 | 3 | 55 |" in text
     assert "| sc |  | not run | not run | not run | 47.0 ± 1.0 | not run | not run |" in text
     assert "| dscl | `--pbsd 0` | not run | not run | not run | 50.0 | not run | not run |" in text
+    assert "papers' settings" not in train.tables([["folder", *row[1:]] for row in rows])   # own images alone
 
 
 def test_the_readmes_tables_are_those_of_the_rows():
@@ -1647,6 +1661,7 @@ def test_too_little_memory(tiny, tmp_path, capsys):
 def test_an_unusable_device(tmp_path, capsys):
     if not torch.cuda.is_available():
         refused(capsys, tmp_path, ["--out", tmp_path / "run", "--device", "cuda"], "cuda", "--device cpu")
+    refused(capsys, tmp_path, ["--out", tmp_path / "run", "--device", "meta"], "meta", "--device cpu")     # it has no values
 
 
 A = arrays()
@@ -1667,6 +1682,8 @@ A = arrays()
     (dict(x_train=A["x_train"][:0], y_train=A["y_train"][:0]), ["training labels are none"]),
     (dict(y_train=A["y_train"] * 0, y_test=A["y_test"] * 0), ["one class"]),
     (dict(class_names=np.array(["a", "b"])), ["2 class_names", "3 classes"]),
+    (dict(class_names=np.array("ab")), ["1 class_names", "3 classes"]),
+    (dict(x_train=A["x_train"][:, :, :2], x_test=A["x_test"][:, :, :2]), ["8 x 2 pixels"]),
     (dict(class_names=np.array(["a", "b", None])), ["class_names", "savez"]),
 ])
 def test_bad_npz(changes, words, tmp_path, capsys):

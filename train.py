@@ -45,7 +45,7 @@ def flag(name):
 
 def flags_text(settings):
     """Settings, {field: value}, as they are typed."""
-    return " ".join(f"{flag(name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
+    return " ".join(f"{flag(name)} {shlex.quote(f'{value:.12g}' if isinstance(value, float) else str(value))}"
                     for name, value in settings.items())
 
 
@@ -83,13 +83,13 @@ class Config:
     tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
     pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
-    patches: int = setting(5, "patches an image", low=1)
+    patches: int = setting(5, "patches an image", low=1, high=1000)
     patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0,
                               high=1024)
     box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
                              ["area", "side"])
     ema: float = setting(0.0, "decay of the momentum encoder that makes DSCL's keys; 0: none", low=0, high=BELOW_ONE)
-    queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0)
+    queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0, high=10 ** 15)
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
     classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, "
                               "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
@@ -210,6 +210,10 @@ def read_arguments(argv):
     actions = [name for name in exclusive if getattr(do, name)]
     ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
+    instead = next((name for name in ("eval", "predict", "report", "tables") if getattr(do, name)), None)
+    ltcl.require(not (instead and do.results), f"--results has no meaning with --{instead}: leave it out")
+    if do.report or do.tables:
+        check_useful(given, set(), f"--{instead}")
     ltcl.require(not do.seeds or "seed" not in given, "--seed and --seeds at once: choose one")
     return do, given
 
@@ -340,9 +344,9 @@ def make_folder(config, out):
 def read_log(out):
     """The epochs in a run's log.jsonl; a last line that was never finished doesn't count."""
     records = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         for line in (out / "log.jsonl").read_text().splitlines():
-            records.append(json.loads(line))
+            records.append(dict(json.loads(line)))
     return records
 
 
@@ -503,10 +507,16 @@ def print_table(title, accuracy, counts):
         print(f"  {head:12}" + "".join(f"{cell:>9}" for cell in cells))
 
 
+def run_title(trainer):
+    """With the imbalance that the training images have, thinned or not."""
+    c, n = trainer.config, trainer.counts
+    return f"{c.method} on {c.dataset}, imbalance {n.max() / n.min():.4g}, {c.net}, seed {c.seed}"
+
+
 def print_result(trainer, seconds):
     c = trainer.config
-    print_table(f"{c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}: {trainer.epochs} epochs in "
-                f"{seconds:.0f} s on {trainer.device}, last epoch's accuracy", trainer.evaluated, trainer.counts)
+    print_table(f"{run_title(trainer)}: {trainer.epochs} epochs in {seconds:.0f} s on {trainer.device}, last epoch's accuracy",
+                trainer.evaluated, trainer.counts)
     again = dict(dataset=c.dataset, method="dscl" if c.method == "ce" else "ce")
     again |= {} if c.recipe == "paper" else dict(recipe=c.recipe)
     names = ("data", "train_list", "test_list", "imb", "net", "epochs", "batch_size", "lr", "size", "holdout")
@@ -519,17 +529,21 @@ def print_result(trainer, seconds):
 
 # --- using what was trained --------------------------------------------------------------------
 
+def warn_untrained(state):
+    c = state["config"]
+    if c["curriculum"] == "two-stage" and c["method"] != "ce" and state["epoch"] + bool(state["history"]) <= c["epochs"]:
+        say("warning: the second stage, which trains the classifier, has not begun: its weights are random")
+
+
 def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
     state = ltcl.read_checkpoint(run)
     check_useful(given, {"dataset", "data", "train_list", "test_list", "workers", "device", "amp"}, "--eval")
     config = replace(saved_config(state["config"], run), batchnorm="local", compile="off")      # neither matters here
     trainer = make_trainer(replace(config, **given), state)
-    accuracy, c = trainer.evaluate(), trainer.config
-    if c.curriculum == "two-stage" and c.method != "ce" and trainer.epoch + bool(trainer.history) <= c.epochs:
-        say("warning: the second stage, which trains the classifier, has not begun: its weights are random")
-    print_table(f"{run}: {c.method} on {c.dataset}, imbalance {c.imb:g}, {c.net}, seed {c.seed}, after {trainer.epoch} of "
-                f"{trainer.epochs} epochs", accuracy, trainer.counts)
+    accuracy = trainer.evaluate()
+    warn_untrained(state)
+    print_table(f"{run}: {run_title(trainer)}, after {trainer.epoch} of {trainer.epochs} epochs", accuracy, trainer.counts)
     if per_class:
         print(f"\n  {'training images':>15}  accuracy %  class")
         for i in trainer.counts.argsort(descending=True, stable=True).tolist():
@@ -542,6 +556,7 @@ def predict(run, pictures, given):
     check_useful(given, {"device"}, "--predict")
     ltcl.require(pictures, "--predict takes a run and the image files: name one or more")
     net, readable = ltcl.load(run, given.get("device", "auto")), 0
+    warn_untrained(ltcl.read_checkpoint(run))
     for path in pictures:
         try:
             x = net.preprocess(path)                    # [3,H,W]
@@ -614,7 +629,7 @@ def settings_text(config):
 
 def run_key(config):
     """The columns by which a run's row is found."""
-    return [config.dataset, f"{config.imb:g}", config.method, settings_text(config), str(config.seed), str(config.epochs)]
+    return [config.dataset, f"{config.imb:.12g}", config.method, settings_text(config), str(config.seed), str(config.epochs)]
 
 
 def result_row(trainer, seconds):
@@ -639,6 +654,7 @@ def read_results(path):
     try:
         with open(path, newline="") as file:
             head, *rows = list(csv.reader(file)) or [()]
+        [float(score) for row in rows for score in row[len(KEY):-2] if score]
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
@@ -687,6 +703,8 @@ def tables(rows):
                         f"{statistics.mean(float(row['seconds']) for row in same):.0f} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
+    if not groups.keys() & set(columns):                # own images alone
+        return "\n".join(text)
     text += ["**The papers' settings: ResNet-32, 200 epochs, top-1**", "",
              "| method | settings | " + " | ".join(f"{dataset}, {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
     for method, settings in PAPER:
@@ -742,7 +760,8 @@ def planned(do, given):
     runs = []
     for seed in dict.fromkeys(do.seeds):                # each once
         config = Config.of(**given | dict(seed=seed))
-        name = f"{run_name(config)} {config.epochs} epochs {settings_text(config)}"      # other settings, another folder
+        path = config.dataset if config.dataset.endswith(".npz") else ""
+        name = f"{run_name(config)} {config.epochs} epochs {path} {settings_text(config)}"      # other settings, another folder
         out = f"{given['out']}-seed{seed}" if given.get("out") else "runs/" + re.sub(r"[^\w.]+", "-", name)[:200].strip("-")
         if run_key(config) in done:
             say(f"seed {seed}: {do.results} has it already")
@@ -795,9 +814,10 @@ def main(argv=None):
     except Stopped as stopped:
         number, out = stopped.args
         program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
+        command = f"{program} train.py --resume --out {shlex.quote(str(out))}"
+        command += f" --results {shlex.quote(do.results)}" if do.results else ""
         live("")
-        say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else
-            f"{program} train.py --resume --out {shlex.quote(str(out))}"))
+        say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else command))
         return 128 + number
     except KeyboardInterrupt:
         message, status = "stopped", 130
