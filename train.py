@@ -684,7 +684,7 @@ def spread(values):
 
 
 PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
-         ("dscl", "--recipe record")]
+         ("ce", "--recipe record"), ("dscl", "--recipe record")]
 
 
 def tables(rows):
