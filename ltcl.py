@@ -450,7 +450,7 @@ def psc_loss(z, y, prototypes, tau=0.1):
 def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     """Decoupled supervised contrastive loss [D, L_dscl]. A scalar, float32 (float64 stays).
 
-    q: [N,D] the anchors.  k: [N,D] their augmentations, all of length 1.  y: [N] labels >= 0.
+    q: [N,D] the anchors.  k: [N,D] their augmentations, all of length 1; it gets a gradient too.  y: [N] labels >= 0.
     queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot; both or none (ValueError).
     M_i: the rows of q and k of the other images, and the queue.  P_i: the rows of M_i with anchor i's label.
 
@@ -678,7 +678,9 @@ class Trainer:
         loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
                                              num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
                                              worker_init_fn=leave_signals_to_the_trainer)
-        for (pixels, rows), asked in zip(loader, plan):
+        with signals_blocked():                         # a worker that one meets in its start dies
+            batches = iter(loader)
+        for (pixels, rows), asked in zip(batches, plan):
             x.report(asked, rows)
             yield pixels.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
 
@@ -938,7 +940,7 @@ def check_labels(where, y_train, y_test, names=None):
         require(y.max() < C, f"{where}: {part} label {y.max()}, but the training labels end at {C - 1}: "
                 "number the classes 0..C-1")
         gap = next((c for c, present in enumerate([*y.unique().tolist(), C]) if c != present), None)
-        require(gap is None, f"{where}: class {gap} has no {part} image: remove it and renumber the others")
+        require(gap is None, f"{where}: class {gap} has no {part} image: number the classes 0..C-1 without gaps")
     require(C > 1, f"{where}: there is one class alone: at least two are needed")
     names = [str(name) for name in (range(C) if names is None else names)]
     require(len(names) == C, f"{where}: {len(names)} class_names for {C} classes: give one for each")
@@ -1182,10 +1184,23 @@ def pick_amp(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+@contextlib.contextmanager
+def signals_blocked():
+    """SIGINT and SIGTERM wait for the end, and never reach processes started within."""
+    if not hasattr(signal, "pthread_sigmask"):          # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_the_trainer(_):
-    """For a loader's worker: Ctrl-C reaches it too, but it must live until the step is finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For a loader's worker: a signal to the whole group reaches it too, but it must live until the step is finished."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_checkpoint(run):

@@ -878,6 +878,20 @@ def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
     assert (tmp_path / "run" / "views.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_loaders_workers_too(number, tmp_path):
+    write_tree(tmp_path / "data", size=(80, 70))
+    argv = [*FOLDER, "--data", tmp_path / "data", "--method", "ce", "--net", "resnet8", "--size", "32", "--epochs", "500", "--out", tmp_path / "run"]
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, argv)], cwd=HERE, start_new_session=True, text=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.time() + 120
+    while not (tmp_path / "run" / "last.pt").exists() and time.time() < until:
+        time.sleep(0.05)
+    os.killpg(run.pid, number)
+    err = run.communicate(timeout=120)[1]
+    assert run.returncode == 128 + number and "all is saved" in err and "Traceback" not in err, err
+
+
 def test_small_images_of_one_size_go_into_memory(tmp_path):
     write_tree(tmp_path, size=(32, 32))
     data = ltcl.load_dataset("folder", tmp_path)
