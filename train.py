@@ -210,10 +210,10 @@ def read_arguments(argv):
     actions = [name for name in exclusive if getattr(do, name)]
     ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
-    instead = next((name for name in ("eval", "predict", "report", "tables") if getattr(do, name)), None)
-    ltcl.require(not (instead and do.results), f"--results has no meaning with --{instead}: leave it out")
-    if do.report or do.tables:
-        check_useful(given, set(), f"--{instead}")
+    action = actions[0] if actions else ""
+    ltcl.require(action in ("", "resume", "seeds") or not do.results, f"--results has no meaning with --{action}: leave it out")
+    if action in ("report", "tables"):
+        check_useful(given, set(), f"--{action}")
     ltcl.require(not do.seeds or "seed" not in given, "--seed and --seeds at once: choose one")
     return do, given
 
