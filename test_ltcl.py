@@ -1672,6 +1672,14 @@ def test_too_little_memory(tiny, tmp_path, capsys):
     assert "too little memory" in last and "--queue" in last and not (tmp_path / "run").exists()
 
 
+def test_compiling_without_a_compiler(tiny, tmp_path, monkeypatch, capsys):
+    inductor = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nowhere/g++"))
+    assert train.main([*tiny, "--compile", "on", "--out", str(tmp_path / "run")]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: --compile on does not work here") and last.endswith("leave it out")
+
+
 def test_an_unusable_device(tmp_path, capsys):
     if not torch.cuda.is_available():
         refused(capsys, tmp_path, ["--out", tmp_path / "run", "--device", "cuda"], "cuda", "--device cpu")

@@ -826,9 +826,11 @@ def main(argv=None):
     except Lost as lost:
         message, status = f"error: {lost}", 1
     except RuntimeError as error:
-        if "allocate" not in str(error) and "out of memory" not in str(error):  # torch's words for too little memory
-            raise
         message, status = "error: too little memory: take a smaller --batch-size or --queue", 2
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):     # most often no C++ compiler
+            message = f"error: --compile on does not work here ({str(error).splitlines()[0]}): leave it out"
+        elif "allocate" not in str(error) and "out of memory" not in str(error):        # torch's words
+            raise
     live("")
     print(message, file=sys.stderr)
     return status
