@@ -577,7 +577,7 @@ def report(runs):
         from matplotlib import figure as mpl  # no pyplot: no window, nothing to close
     except ImportError:
         raise ltcl.InputError("--report needs matplotlib: pip install matplotlib") from None
-    figure = mpl.Figure((1 + 3.2 * len(runs), 8), layout="constrained")
+    figure = mpl.Figure((2 + 3.2 * len(runs), 8), layout="constrained")
     losses, tops, classes = figure.subplots(3, len(runs), squeeze=False, sharey="row")
     for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
@@ -586,14 +586,12 @@ def report(runs):
         for axes, curves in ((loss, dict(loss="loss", loss_contrast="contrast", loss_pbsd="PBSD", loss_ce="cross-entropy",
                                          contrast_weight="contrast weight")),
                              (top, dict(top1="all", many="many", medium="medium", few="few"))):
-            for name, label in curves.items():
-                points = [(r["epoch"], r[name]) for r in log if r.get(name) is not None]
-                if points:
-                    style = dict(color="grey", linestyle="--") if name == "contrast_weight" else {}
-                    axes.plot(*zip(*points), label=label, linewidth=2.5 if name in ("loss", "top1") else 1.2,
-                              marker=None if points[1:] else ".", **style)
+            for name, label in curves.items():          # also those without points: a colour means the same in all runs
+                rows = [r for r in log if r.get(name) is not None]
+                style = dict(color="grey", linestyle="--") if name == "contrast_weight" else {}
+                axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label, marker="." if len(rows) == 1 else None,
+                          linewidth=2.5 if name in ("loss", "top1") else 1.2, **style)
             axes.set_xlabel("epoch")
-            axes.legend(fontsize=8)
         loss.set_title(run.name)
         top.set_ylim(0, 100)
         counts, accuracy = torch.tensor(state["counts"]), state["evaluated"].get("by_class")
@@ -601,6 +599,8 @@ def report(runs):
             order = counts.argsort(descending=True, stable=True)
             by_class.bar(range(len(order)), torch.tensor(accuracy)[order].tolist(), width=1, alpha=0.6)
         by_class.set(xlabel=f"classes, from {counts.max()} training images to {counts.min()}", ylim=(0, 100))
+    for row in (losses, tops):
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row, label in ((losses, "training loss"), (tops, "test accuracy, %"), (classes, "accuracy of the class, %")):
