@@ -222,7 +222,7 @@ def random_cutout(x, rng):
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     """Gaussian blur with probability p, sigma in pixels: float [B,3,H,W] -> same. The kernel spans a
     tenth of the image (23 pixels of 224), so that images below 20 pixels stay as they are."""
-    (B, _, H, W), radius = x.shape, x.shape[2] // 20
+    (B, _, H, W), radius = x.shape, min(x.shape[2] // 20, x.shape[3] - 1)
     u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
     weight = torch.softmax(-t ** 2 / (2 * (sigma[0] + (sigma[1] - sigma[0]) * u) ** 2), 1)  # [B,T]
@@ -615,8 +615,10 @@ class Trainer:
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         files = isinstance(data.x_train, ImageFiles)
+        require(not files or data.x_train.side == c.size * 8 // 7, f"--size {c.size}, but the images are read at "
+                f"{data.x_train.side if files else 0} pixels: give load_dataset the same size")
         self.x, self.x_test = take(data.x_train, kept), data.x_test
-        content = "/".join(Path(path).name for path in self.x.paths).encode() if files else self.x.numpy()
+        content = "/".join(Path(path).name for path in self.x.paths).encode(errors="surrogateescape") if files else self.x.numpy()
         self.fingerprint = zlib.crc32(data.y_train[kept].numpy(), zlib.crc32(content))      # of the training images
         if not files:
             self.x, self.x_test = self.x.to(self.device), self.x_test.to(self.device)
@@ -818,6 +820,7 @@ class Trainer:
         """Once over the training set. Returns the epoch's means; nothing is read from the device
         before its end. tick is called between two steps: it may save the state, or raise to stop;
         then the next call goes on there."""
+        require(self.epoch < self.epochs, f"all {self.epochs} epochs are done: more are another --epochs")
         c, weight, second = self.config, self.weight, self.epoch >= self.config.epochs
         N = min(c.stage2_batch, len(self.y) // self.ranks * self.ranks) if second else c.batch_size
         steps = len(self.y) // N                        # the incomplete last batch is left out
@@ -942,7 +945,8 @@ def check_labels(where, y_train, y_test, names=None):
         gap = next((c for c, present in enumerate([*y.unique().tolist(), C]) if c != present), None)
         require(gap is None, f"{where}: class {gap} has no {part} image: number the classes 0..C-1 without gaps")
     require(C > 1, f"{where}: there is one class alone: at least two are needed")
-    names = [str(name) for name in (range(C) if names is None else names)]
+    names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+             for name in (range(C) if names is None else names)]
     require(len(names) == C, f"{where}: {len(names)} class_names for {C} classes: give one for each")
     return names
 
@@ -990,7 +994,7 @@ def read_picture(file, size=None):
 class ImageFiles(torch.utils.data.Dataset):
     """Image files of any size and kind as uint8 [3,side,side], the middle of each resized. side None: as
     they are. Item i is (pixels, row); row is i, or, if file i cannot be read, that of the next readable
-    file, whose pixels are returned instead."""
+    file, whose pixels are returned instead; -1 where there is none: report() raises then, as a worker must not."""
 
     def __init__(self, paths, side):
         self.paths, self.side, self.unreadable = paths, side, set()
@@ -1002,10 +1006,12 @@ class ImageFiles(torch.utils.data.Dataset):
         for row in itertools.chain(range(i, len(self)), range(i)):
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
                 return read_picture(self.paths[row], self.side and [self.side] * 2), row
-        raise InputError(f"none of {len(self)} image files can be read, {self.paths[i]} for one: look at them")
+        return torch.zeros(3, self.side or 1, self.side or 1, dtype=torch.uint8), -1
 
     def report(self, asked, rows):
         """Name files that were asked for and not read, each once. Raises InputError for several and over 1 % of all."""
+        require((rows >= 0).all(), f"none of {len(self)} image files can be read, {self.paths[asked[0]]} for one: "
+                "look at them, and whether that is where they are")
         new = {self.paths[i] for i in asked[asked != rows].tolist()} - self.unreadable
         self.unreadable |= new
         for path in sorted(new):
@@ -1034,7 +1040,7 @@ def read_list(path, root):
     path = path if path.exists() else root / path
     require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
     rows = []
-    for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for n, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         require(name and label.isdecimal() and len(label) < 10, f"{path}, line {n}: {line!r} is not a path and a class number")
         rows.append((str(root / name), int(label)))

@@ -448,6 +448,7 @@ def test_blur_is_torchvisions():
     x = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     out = ltcl.random_blur(x, torch.Generator().manual_seed(0), p=1, sigma=(1.0, 1.0))
     torch.testing.assert_close(out, torchvision.transforms.functional.gaussian_blur(x, [7, 7], [1.0, 1.0]), rtol=0, atol=1e-5)
+    assert ltcl.random_blur(torch.rand(1, 3, 400, 16), torch.Generator()).shape == (1, 3, 400, 16)      # a kernel wider than the image
     half = ltcl.random_blur(x.repeat(20, 1, 1, 1), torch.Generator().manual_seed(0))
     assert 35 < (half == x.repeat(20, 1, 1, 1)).flatten(1).all(1).sum() < 85
 
@@ -775,6 +776,14 @@ def test_two_stages():
     assert second[7]["lr"] == pytest.approx(0.0002) and second[7]["loss_ce"] < second[0]["loss_ce"]
 
 
+def test_thinning_what_is_no_balanced_set_warns(tmp_path, capsys):
+    for n, warned in (((12, 12, 12), False), ((12, 6, 3), False), ((6, 3, 12), True)):
+        path = write_npz(tmp_path / "uneven.npz", **arrays(n=n))
+        argv = ["--dataset", path, *TINY, "--epochs", "1", "--method", "ce", "--imb", "2", "--out", str(tmp_path / str(n))]
+        assert train.main(argv) == 0
+        assert ("too few images for their place" in capsys.readouterr().err) == warned
+
+
 def test_evaluation_before_the_second_stage_warns(tiny, tmp_path, monkeypatch, capsys):
     argv = [*tiny, "--curriculum", "two-stage", "--stage2-epochs", "1", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
@@ -825,6 +834,7 @@ def test_other_images(grey, size, tmp_path):
     assert train.main(["--dataset", path, *TINY, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
     data = ltcl.load_dataset(path)
     assert data.x_train.shape == (21, 3, size, size) and data.class_names == ["cat", "dog", "ant"]
+    assert ltcl.check_labels("here", data.y_train, data.y_test, np.array([b"cat", b"dog", b"ant"])) == data.class_names   # h5py's
     if grey:
         assert (data.x_train[:, 0] == data.x_train[:, 2]).all()
 
@@ -892,6 +902,19 @@ def test_a_signal_to_the_loaders_workers_too(number, tmp_path):
     assert run.returncode == 128 + number and "all is saved" in err and "Traceback" not in err, err
 
 
+def test_a_size_given_once_is_refused(tmp_path):
+    data = ltcl.load_dataset("folder", write_tree(tmp_path), size=64)
+    with pytest.raises(ltcl.InputError, match="give load_dataset the same size"):
+        ltcl.Trainer(train.Config.of(dataset="folder", batch_size=4, device="cpu"), data)
+
+
+def test_no_epoch_after_the_last():
+    trainer = tiny_trainer(method="sc", epochs=1)
+    trainer.train_epoch()
+    with pytest.raises(ltcl.InputError, match="all 1 epochs are done"):
+        trainer.train_epoch()
+
+
 def test_small_images_of_one_size_go_into_memory(tmp_path):
     write_tree(tmp_path, size=(32, 32))
     data = ltcl.load_dataset("folder", tmp_path)
@@ -928,6 +951,40 @@ def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd):
     assert "3 of 130 image files cannot be read" in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_images_that_all_cannot_be_read_end_the_run(tmp_path):
+    write_tree(tmp_path / "data", n=(4, 4), modes=("RGB",))
+    for bad in (tmp_path / "data" / "val").rglob("*.png"):
+        bad.write_bytes(b"")
+    argv = [*FOLDER, "--method", "ce", "--data", tmp_path / "data", "--net", "resnet8", "--size", "32", "--out", tmp_path / "run"]
+    run = subprocess.run([sys.executable, HERE / "train.py", *map(str, argv)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: none of 4 image files can be read")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers that inherit a patch, names of any bytes")
+def test_a_failing_worker_and_odd_names(tmp_path, capsys):
+    root = write_tree(tmp_path / "data", n=(4, 4), modes=("RGB",))
+    odd = os.fsdecode(b"caf\xe9.png")
+    (root / "train" / "class0" / "0.png").rename(root / "train" / "class0" / odd)
+    for part in ("train", "val"):
+        files = sorted((root / part).rglob("*.png"))
+        text = "".join(f"{p.relative_to(root)} {p.parent.name[-1]}\n" for p in files)
+        (tmp_path / f"{part}.txt").write_text(text, "utf-8-sig", "surrogateescape")     # as Notepad marks UTF-8
+    argv = [*FOLDER, "--method", "ce", "--data", str(root), "--net", "resnet8", "--size", "32"]
+    lists = ["--train-list", str(tmp_path / "train.txt"), "--test-list", str(tmp_path / "val.txt")]
+    for more in ([], lists):
+        assert train.main([*argv, *more, "--out", str(tmp_path / f"run{len(more)}")]) == 0
+        assert "not a readable image" not in capsys.readouterr().err
+
+    script = ("import os, sys, ltcl, train\ndef fail(*_): raise OSError('no space left')\nltcl.ImageFiles.__getitem__ = fail\n"
+              "ltcl.into_memory = lambda *_: None\n"
+              "status = train.main(sys.argv[1:])\nsys.stderr.flush()\nos._exit(status)")
+    run = subprocess.run([sys.executable, "-c", script, *argv, *lists, "--out", str(tmp_path / "failed")], cwd=HERE, capture_output=True,
+                         text=True, timeout=120)
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 2 and "no space left" in last and last.startswith("error: a process that reads images failed")
+
+
 def test_list_files(tmp_path, capsys):
     root = write_tree(tmp_path / "images", n=(100, 50), size=(32, 32), modes=("RGB",))
     for part in ("train", "val"):
@@ -948,6 +1005,15 @@ def test_list_files(tmp_path, capsys):
     (tmp_path / "train.txt").write_text(whole + "train/missing.png 1\n")
     assert train.main([*argv, "--method", "ce"]) == 0   # one of 151 is missing
     assert "missing.png is not a readable image" in capsys.readouterr().err
+    last = (tmp_path / "val.txt").read_text().splitlines()[-1].replace(" 1", " 0") + "\n"       # a wrong label
+    (tmp_path / "other.txt").write_text((tmp_path / "val.txt").read_text() + 20 * last)
+    titles = []
+    for do in (["--resume", "--out"], ["--eval"]):      # a finished run is evaluated on the images that are named now
+        capsys.readouterr()
+        assert train.main([*do, str(tmp_path / "run"), "--test-list", str(tmp_path / "other.txt")]) == 0
+        titles.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  accuracy")))
+    old = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["top1"]
+    assert titles[0] == titles[1] and f"{old:.2f}" not in titles[0]
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
 
@@ -1499,7 +1565,7 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert train.read_results(results) == rows          # a run has one row
     refused(capsys, tmp_path, [*argv, "--out", tmp_path / "other", "--seed", "1"], "has this run already")
     assert train.main([*argv, "--seeds", "0", "0", "3", "3"]) == 0 and len(train.read_results(results)) == 4     # each once
-    results.write_text("".join(results.read_text().splitlines(keepends=True)[:4]))
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:4])[:-1])         # no end of line
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--results", str(tmp_path / "none" / "results.csv")], "no such folder")
     refused(capsys, tmp_path, [*argv, "--seeds", "1", "--tau", "0.2"], "--tau is 0.2, but the run in")   # never another's settings
     refused(capsys, tmp_path, [*(a for a in argv if a not in ("--lr", "0.05")), "--seeds", "1"], "--lr is 0.5, but the run in")
@@ -1515,6 +1581,8 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         refused(capsys, tmp_path, [*argv, "--seeds", "7"], "results.csv")
         refused(capsys, tmp_path, argv, "results.csv")  # before the training, not after it
         refused(capsys, tmp_path, ["--tables", results], "results.csv")
+    results.write_text("\n".join(",".join(row) for row in (train.COLUMNS, ["1"] * 10 + ["", "", ""])))
+    refused(capsys, tmp_path, ["--tables", results], "results.csv")     # no seconds
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
     refused(capsys, tmp_path, ["--tables", results, "--lr", "3"], "--lr", "no meaning with --tables")
     refused(capsys, tmp_path, ["--report", tmp_path, "--results", results], "--results", "no meaning with --report")
@@ -1528,6 +1596,20 @@ def test_seeds_of_other_settings_have_other_folders(tiny, tmp_path, monkeypatch)
     assert len(list((tmp_path / "runs").iterdir())) == len(train.read_results("results.csv")) == 3
     assert train.main([*argv, "--results", "others.csv", "--amp", "bf16"]) == 0     # the finished run is found again
     assert len(list((tmp_path / "runs").iterdir())) == 3 and len(train.read_results("others.csv")) == 1
+    assert train.main([*argv, "--out", "mine/", "--results", "others.csv", "--seeds", "1"]) == 0
+    assert sorted(path.name for path in Path(".").glob("mine*")) == ["mine-seed1"]
+
+
+def test_a_moved_npz_goes_on(tiny, tmp_path, capsys):
+    argv = [*tiny, "--method", "ce", "--out", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, {2})
+        assert train.main(argv) == 130
+    moved = (tmp_path / "tiny.npz").rename(tmp_path / "moved.npz")
+    refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run"], "tiny.npz does not exist")
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--dataset", str(moved)]) == 0
+    other = write_npz(tmp_path / "other.npz", **arrays(seed=1))
+    refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--dataset", other], "training images are not those")
 
 
 def test_other_pictures_are_another_run():
@@ -1661,6 +1743,8 @@ def refused(capsys, folder, argv, *words):
     (["--stage2-lr", "3"], ["--stage2-lr", "--curriculum parabolic"]),
     (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
     (["--resume"], ["holds no run"]),
+    (["--eval", ""], ["--eval is empty", "run"]),
+    (["--results", ""], ["--results is empty", "file"]),
 ])
 def test_bad_flags(flags, words, tmp_path, capsys):
     refused(capsys, tmp_path, ["--out", tmp_path / "run", *flags], *words)

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +34,8 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
     sys.exit(2)
 
 
-RANKS = int(os.environ.get("WORLD_SIZE", 1))            # the processes that torchrun started, and which this one is
-RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1     # the processes that torchrun
+RANK = int(os.environ["RANK"]) if RANKS > 1 else 0      # started, and which this one is
 
 
 # --- settings: a field is a flag ---------------------------------------------------------------
@@ -207,6 +208,8 @@ def read_arguments(argv):
     given = vars(parser.parse_args(argv))
     exclusive = "resume", "eval", "predict", "report", "tables", "seeds"
     do = argparse.Namespace(**{name: given.pop(name, None) for name in (*exclusive, "results", "per_class", "quiet")})
+    for name in ("eval", "tables", "results"):
+        ltcl.require(getattr(do, name) != "", f"--{name} is empty: name a {'run' if name == 'eval' else 'file'}")
     actions = [name for name in exclusive if getattr(do, name)]
     ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
@@ -267,7 +270,8 @@ def resumed(given):
     new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
     for f in fields(Config):
         a, b = getattr(old, f.name), getattr(new, f.name)
-        if a == b or f.name in NO_MATTER:
+        moved = f.name == "dataset" and a.endswith(".npz") and b.endswith(".npz")       # the fingerprint knows the images
+        if a == b or f.name in NO_MATTER or moved:
             continue
         if f.name in ("epochs", "stage2_epochs"):
             ltcl.require(same_so_far(old, new, began), f"{flag(f.name)} {b}: with {a}, the {began} epochs done had another "
@@ -427,6 +431,9 @@ class Run:
                 save_views(t, out / "views.png")
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
               f"{len(t.y_test)} test images; on {t.device}; into {out}", flush=True)
+        if t.config.imb > 1 and (t.counts.diff() > 0).any():
+            say("warning: --imb thins the classes from the first, as the head, to the last, but some have too few images for "
+                "their place: --imb 1 takes all images as they are")
         if t.config.queue > len(t.y):
             say(f"warning: --queue {t.config.queue} is more than the {len(t.y)} training images: it holds some twice")
         steps = len(t.y) // t.config.batch_size * t.config.epochs
@@ -492,6 +499,8 @@ class Run:
     def train(self):
         """To the last epoch. Raises Stopped."""
         with stop_signals() as self.signals:
+            if self.trainer.epoch == self.trainer.epochs:       # finished before, perhaps on another test set
+                self.trainer.evaluate()
             while self.trainer.epoch < self.trainer.epochs:
                 self.epoch()
 
@@ -592,7 +601,7 @@ def report(runs):
                 axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label, marker="." if len(rows) == 1 else None,
                           linewidth=2.5 if name in ("loss", "top1") else 1.2, **style)
             axes.set_xlabel("epoch")
-        loss.set_title(run.name)
+        loss.set_title(run.name, parse_math=False)
         top.set_ylim(0, 100)
         counts, accuracy = torch.tensor(state["counts"]), state["evaluated"].get("by_class")
         if accuracy:
@@ -654,7 +663,7 @@ def read_results(path):
     try:
         with open(path, newline="") as file:
             head, *rows = list(csv.reader(file)) or [()]
-        [float(score) for row in rows for score in row[len(KEY):-2] if score]
+        [float(score) for row in rows for score in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]       # seconds are a must
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
@@ -669,7 +678,10 @@ def add_result(path, row):
     try:
         with contextlib.suppress(FileExistsError), open(path, "x", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-        with open(path, "a", newline="") as file:
+        with open(path, "a+", newline="") as file:
+            file.seek(0)
+            if not file.read().endswith("\n"):          # an editor's doing
+                file.write("\n")
             csv.writer(file, lineterminator="\n").writerow(row)
     except OSError as error:
         raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room, look at its last line; "
@@ -762,7 +774,7 @@ def planned(do, given):
         config = Config.of(**given | dict(seed=seed))
         path = config.dataset if config.dataset.endswith(".npz") else ""
         name = f"{run_name(config)} {config.epochs} epochs {path} {settings_text(config)}"      # other settings, another folder
-        out = f"{given['out']}-seed{seed}" if given.get("out") else "runs/" + re.sub(r"[^\w.]+", "-", name)[:200].strip("-")
+        out = f"{Path(given['out'])}-seed{seed}" if given.get("out") else "runs/" + re.sub(r"[^\w.]+", "-", name)[:200].strip("-")
         if run_key(config) in done:
             say(f"seed {seed}: {do.results} has it already")
         else:
@@ -821,15 +833,20 @@ def main(argv=None):
         return 128 + number
     except KeyboardInterrupt:
         message, status = "stopped", 130
-    except (ltcl.InputError, OSError) as error:
-        message, status = f"error: {error}", 2
     except Lost as lost:
         message, status = f"error: {lost}", 1
-    except RuntimeError as error:
-        message, status = "error: too little memory: take a smaller --batch-size or --queue", 2
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):     # most often no C++ compiler
-            message = f"error: --compile on does not work here ({str(error).splitlines()[0]}): leave it out"
-        elif "allocate" not in str(error) and "out of memory" not in str(error):        # torch's words
+    except (ltcl.InputError, OSError, RuntimeError) as error:
+        text, status = str(error), 2
+        if "DataLoader worker" in text:
+            message = (f"error: a process that reads images failed ({text.strip().splitlines()[-1]}): "
+                       "is memory or shared memory short? take fewer --workers, or 0")
+        elif not isinstance(error, RuntimeError):
+            message = f"error: {text}"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
+            message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
+        elif "allocate" in text or "out of memory" in text:                             # torch's words
+            message = "error: too little memory: take a smaller --batch-size or --queue"
+        else:
             raise
     live("")
     print(message, file=sys.stderr)
@@ -837,9 +854,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    status = main()
-    if RANKS > 1:                                       # threads that still wait for a lost process abort an ordinary exit
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.stdout.reconfigure(errors="backslashreplace")   # names of files that aren't UTF-8
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)    # an ordinary exit is aborted by threads that wait for a lost process, and waits for workers, who ignore signals
