@@ -696,7 +696,7 @@ def spread(values):
 
 
 PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
-         ("ce", "--recipe record"), ("dscl", "--recipe record")]
+         ("ce", "--recipe record"), ("dscl", "--pbsd 0 --recipe record"), ("dscl", "--recipe record")]
 
 
 def tables(rows):
