@@ -615,8 +615,9 @@ class Trainer:
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         files = isinstance(data.x_train, ImageFiles)
-        require(not files or data.x_train.side == c.size * 8 // 7, f"--size {c.size}, but the images are read at "
-                f"{data.x_train.side if files else 0} pixels: give load_dataset the same size")
+        if files:
+            require(data.x_train.side == c.size * 8 // 7, f"--size {c.size}, but the images are read at {data.x_train.side} "
+                    "pixels: give load_dataset the same size")
         self.x, self.x_test = take(data.x_train, kept), data.x_test
         content = "/".join(Path(path).name for path in self.x.paths).encode(errors="surrogateescape") if files else self.x.numpy()
         self.fingerprint = zlib.crc32(data.y_train[kept].numpy(), zlib.crc32(content))      # of the training images

@@ -860,6 +860,7 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):          # of a reader that has enough, as head
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)    # an ordinary exit is aborted by threads that wait for a lost process, and waits for workers, who ignore signals
