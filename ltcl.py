@@ -23,13 +23,11 @@ of the augmentation ([H]'s alpha, the curriculum's coefficient, is called the co
 import contextlib
 import copy
 import io
-import itertools
 import math
 import os
 import signal
 import sys
 import tempfile
-import textwrap
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +112,8 @@ def take(x, rows):
 
 
 def class_balanced_rows(y, counts, n, rng):
-    """n rows drawn with replacement, each class equally likely: y [N] labels, counts [C] -> [n]."""
+    """[H]'s sampling for the classifier: n rows drawn with replacement, each class equally likely. y [N] labels,
+    counts [C] -> [n]."""
     by_class, first = y.argsort(stable=True), counts.cumsum(0) - counts         # [N] rows; [C] where a class begins there
     c = torch.randint(len(counts), (n,), generator=rng, device=y.device)        # [n]
     return by_class[first[c] + (torch.rand(n, generator=rng, device=y.device) * counts[c]).long()]
@@ -149,7 +148,7 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
 
 
 def cut(x, boxes, size, cells=1.0, samples=-1):
-    """The boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size].
+    """RoIAlign: the boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size].
     cells: how many cells of x one pixel of the boxes spans (1/4 at stride 4); with aligned=True cell i is the tile
     from pixel i/cells to (i+1)/cells. samples: points along a side of an output pixel; -1: as many as it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
@@ -157,9 +156,9 @@ def cut(x, boxes, size, cells=1.0, samples=-1):
                                      spatial_scale=cells, sampling_ratio=samples, aligned=True)
 
 
-def random_flip(x, rng, p=0.5):
-    """Mirror left and right with probability p: [B,3,H,W] -> same."""
-    flip = (torch.rand(len(x), generator=rng, device=x.device) < p).long()              # [B]
+def random_flip(x, rng):
+    """Mirror left and right with probability 1/2: [B,3,H,W] -> same."""
+    flip = (torch.rand(len(x), generator=rng, device=x.device) < 0.5).long()            # [B]
     row = torch.arange(len(x), device=x.device) + len(x) * flip                         # [B]
     return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes three times as fast as torch.where
 
@@ -175,13 +174,14 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
     [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
     turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
-    to_grey = TF.rgb_to_grayscale(eye[:, :, None, None]).view(1, 3).expand(3, 3)   # [3,3] a colour to its grey
+    luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] what red, green and blue give to grey
+    to_grey = luma.expand(3, 3)                                                 # [3,3] a colour to its grey
     cross = (eye.roll(-1, 1) - eye.roll(1, 1)) / math.sqrt(3)                   # [3,3] cross product with the grey axis
     turn = hue.cos() * eye + hue.sin() * cross + (1 - hue.cos()) / 3            # [B,3,3] about it (Rodrigues' formula)
     saturate = (1 + s) * eye - s * to_grey                                      # [B,3,3] away from the pixel's grey
     matrix = (1 + b) * (1 + c) * turn @ saturate                                # [B,3,3]
     matrix = torch.lerp(matrix, to_grey @ matrix, grey)                         # [B,3,3]
-    shift = -c * (1 + b) * (to_grey[:1] @ x.mean((2, 3))[:, :, None])           # [B,1,1] from the image's mean grey
+    shift = -c * (1 + b) * (x.mean((2, 3)) @ luma)[:, None, None]               # [B,1,1] from the image's mean grey
     return torch.baddbmm(shift, matrix, x.flatten(2)).view_as(x).clamp_(0, 1)
 
 
@@ -222,13 +222,15 @@ def random_cutout(x, rng):
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     """Gaussian blur with probability p, sigma in pixels: float [B,3,H,W] -> same. The kernel spans a
     tenth of the image (23 pixels of 224), so that images below 20 pixels stay as they are."""
-    (B, _, H, W), radius = x.shape, min(x.shape[2] // 20, x.shape[3] - 1)
-    u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)
+    B, _, H, W = x.shape
+    radius = min(H, W) // 20
+    u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)                     # [B,1] each
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
-    weight = torch.softmax(-t ** 2 / (2 * (sigma[0] + (sigma[1] - sigma[0]) * u) ** 2), 1)  # [B,T]
-    weight = torch.where(chosen < p, weight, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,T]
+    sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
+    kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,T] exp(-t^2 / 2 sigma^2), of sum 1
+    kernel = torch.where(chosen < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,T]
     x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colour is a channel
-    x = F.conv2d(F.conv2d(x, weight[:, None, :, None], groups=3 * B), weight[:, None, None, :], groups=3 * B)
+    x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=3 * B), kernel[:, None, None, :], groups=3 * B)
     return x.view(B, 3, H, W)
 
 
@@ -240,10 +242,7 @@ def crop_view(x, rng, size=None):
 def resized_view(x, rng, size):
     """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
-    flip = torch.rand(len(x), 1, 1, generator=rng, device=x.device) < 0.5       # [B,1,1]
-    x1, y1, x2, y2 = boxes.unbind(2)                                            # [B,1] each
-    mirrored = torch.where(flip, torch.stack([x2, y1, x1, y2], 2), boxes)       # [B,1,4] read from x2 to x1: no copy
-    return cut(x, mirrored, size, samples=1).div_(255)                          # more samples can't go backwards
+    return cut(random_flip(x, rng), boxes, size, samples=1).div_(255)
 
 
 def colour_view(x, rng, size):
@@ -416,10 +415,10 @@ def sc_loss(z, y, tau=0.1):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        group, zero = torch.searchsorted(y.sort().values, y), torch.zeros_like(z)  # [B] a number for each class, [B,D]
-        total = zero.index_add(0, group, z)                                        # [B,D] sums over classes: no B x B mask
-        count = zero[:, 0].index_add(0, group, zero[:, 0] + 1)                     # [B]
-        P = count[group] - 1                                                       # [B] |P_i|: not itself
+        labels = y.sort().values                                                   # [B]
+        group = torch.searchsorted(labels, y)                                      # [B] a class's number: its first place in labels
+        P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
+        total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] an anchor is no candidate of its own
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
@@ -474,17 +473,17 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K] the queue's, wrong for other classes,
         known = (labels[theirs] == queue_y).to(q.dtype)                            # [K] whose weight is 0
         total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
-        count = zero[:, 0].index_add(0, group, zero[:, 0] + 2).index_add(0, theirs, known)             # [N]
-        P = count[group] - 2                                                       # [N] |P_i|: not itself, not i+
+        others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, in two views
+        P = 2 * others + zero[:, 0].index_add(0, theirs, known)[group]             # [N] |P_i|
         s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
-        weight = torch.where(P > 0, alpha, torch.ones_like(P))                     # [N]
+        share = torch.where(P > 0, alpha, torch.ones_like(s_class))                # [N] alpha; 1 without a positive
         # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
         empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
         blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
-        blocks += [torch.addmm(empty[i:i + 8192], q, queue[i:i + 8192].T, alpha=1 / tau) for i in range(0, len(queue), 8192)]
+        blocks += [F.linear(q / tau, *part) for part in zip(queue.split(8192), empty.split(8192))]     # [N,8192] each
         candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N]
-        return (candidates - weight * s_augmentation - (1 - weight) * s_class).mean()
+        return (candidates - share * s_augmentation - (1 - share) * s_class).mean()
 
 
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
@@ -501,13 +500,10 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     with torch.autocast(s.device.type, enabled=False):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
         c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
-        c, s = c.flatten(0, 1), s.flatten(0, 1)                                    # [N*L,D]
-        empty = torch.zeros_like(candidates[:, 0])                                 # [K] added to the logits
-        if valid is not None:
-            empty = torch.finfo(s.dtype).min * (~valid).to(s.dtype)
-        p = torch.addmm(empty, c, candidates.detach().T, alpha=1 / tau).softmax(1)             # [N*L,K]
-        logits = torch.addmm(empty, s, candidates.T, alpha=1 / tau)                # [N*L,K]
-        return (logits.logsumexp(1) - (s * (p @ candidates)).sum(1) / tau).mean()
+        empty = None if valid is None else torch.finfo(s.dtype).min * (~valid).to(s.dtype)     # [K] added to the logits
+        p = F.linear(c / tau, candidates.detach(), empty).softmax(-1)              # [N,L,K]
+        logits = F.linear(s / tau, candidates, empty)                              # [N,L,K]
+        return F.cross_entropy(logits.flatten(0, -2), p.flatten(0, -2))
 
 
 @torch.no_grad()
@@ -543,13 +539,13 @@ def contrast_weight(epoch, epochs, curriculum="parabolic"):
 
 def learning_rate(t, c):
     """At t > 0 epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after
-    80 % of all epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
+    80 % of --epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
     stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: the settings, train.Config."""
     if t > c.epochs:
         t = (t - c.epochs) / c.stage2_epochs
         return c.stage2_lr * 0.1 ** ((t > 0.5) + (t > 0.75))
     warmup = min(c.warmup, 0.2 * c.epochs)              # so that a short run reaches its full learning rate too
-    if 0 < t <= warmup:
+    if t <= warmup:
         return c.lr * t / warmup
     if c.schedule == "step":
         return c.lr * 0.1 ** ((t > 0.6 * c.epochs) + (t > 0.8 * c.epochs))
@@ -576,18 +572,18 @@ def gather(t, dim=0):
 
 
 def shot_groups(counts):
-    """Classes by training images, counts [C]: many > 100, medium 20-100, few < 20. Masks [C]."""
+    """The field's groups of classes by training images, counts [C]: many > 100, medium 20-100, few < 20. Masks [C]."""
     return dict(many=counts > 100, medium=(counts >= 20) & (counts <= 100), few=counts < 20)
 
 
 def accuracy(predicted, y, counts):
     """Accuracy in % on a test set [M], over all images (top1), of each class (by_class), as the mean over
     classes (balanced) and over those of each shot group; None for a group without test images."""
-    C, hit = len(counts), (predicted == y).double()
-    by_class = 100 * torch.zeros(C).double().index_add(0, y, hit) / torch.bincount(y, minlength=C)  # [C]
-    groups = {name: by_class[g] for name, g in shot_groups(counts).items()}
+    C, hit = len(counts), (predicted == y).double()                                     # [M]
+    by_class = 100 * torch.bincount(y, hit, C) / torch.bincount(y, minlength=C)         # [C] NaN without test images
+    groups = {name: by_class[group].nanmean() for name, group in shot_groups(counts).items()}
     return dict(top1=100 * hit.mean().item(), balanced=by_class.nanmean().item(), by_class=by_class.tolist(),
-                **{name: None if a.isnan().all() else a.nanmean().item() for name, a in groups.items()})
+                **{name: None if mean.isnan() else mean.item() for name, mean in groups.items()})
 
 
 class Trainer:
@@ -602,13 +598,14 @@ class Trainer:
     def __init__(self, config, data):
         c = self.config = config
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for name, n in (("batch-size", c.batch_size), ("stage2-batch", c.stage2_batch))[:1 + (c.curriculum == "two-stage")]:
-            require(n % self.ranks == 0, f"--{name} {n} can't be shared by {self.ranks} processes: take a multiple of it")
+        two_stage = c.curriculum == "two-stage"
+        for flag, n in (("--batch-size", c.batch_size), ("--stage2-batch", two_stage * c.stage2_batch)):
+            require(n % self.ranks == 0, f"{flag} {n} can't be shared by {self.ranks} processes: take a multiple of it")
         require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
         self.history = []                               # losses of the steps done in this epoch
         self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.epoch = 0                                  # epochs done
-        self.epochs = c.epochs + (c.stage2_epochs if c.curriculum == "two-stage" else 0)        # of both stages
+        self.epochs = c.epochs + two_stage * c.stage2_epochs    # of both stages
         self.device = pick_device(c.device)
         data = hold_out(data, c.holdout) if c.holdout else data
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
@@ -618,13 +615,12 @@ class Trainer:
         if files:
             require(data.x_train.side == c.size * 8 // 7, f"--size {c.size}, but the images are read at {data.x_train.side} "
                     "pixels: give load_dataset the same size")
-        self.x, self.x_test = take(data.x_train, kept), data.x_test
-        content = "/".join(Path(path).name for path in self.x.paths).encode(errors="surrogateescape") if files else self.x.numpy()
-        self.fingerprint = zlib.crc32(data.y_train[kept].numpy(), zlib.crc32(content))      # of the training images
-        if not files:
-            self.x, self.x_test = self.x.to(self.device), self.x_test.to(self.device)
-        self.y, self.y_test = data.y_train[kept].to(self.device), data.y_test
-        self.class_names, self.counts = data.class_names, torch.bincount(data.y_train[kept])    # C, [C]
+        x, y = take(data.x_train, kept), data.y_train[kept]
+        content = "/".join(Path(path).name for path in x.paths).encode(errors="surrogateescape") if files else x.numpy()
+        self.fingerprint = zlib.crc32(y.numpy(), zlib.crc32(content))                           # of the training images
+        self.x, self.x_test = (x, data.x_test) if files else (x.to(self.device), data.x_test.to(self.device))
+        self.y, self.y_test = y.to(self.device), data.y_test
+        self.class_names, self.counts = data.class_names, torch.bincount(y)                     # C, [C]
         self.class_size = self.counts.to(self.device)                                           # [C]
         sample = torch.arange(0, len(kept), math.ceil(len(kept) / 1000) if files else 1)
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
@@ -650,13 +646,12 @@ class Trainer:
                 del m.num_batches_tracked
                 m.num_batches_tracked = torch.zeros(())
         self.net = net.to(self.device, memory_format=layout(self.device))
-        self.keys = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None    # the momentum encoder
+        self.key_encoder = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None     # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
         if c.compile == "on":
             self.net.maps = torch.compile(self.net.maps, dynamic=False)
         self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
         self.queue_y = torch.full((c.queue,), -1, device=self.device)                           # [K] -1: empty
-        self.queue_at = 0                               # the slot to fill next
         classifiers = [p for e in net.experts for p in e.classifier.parameters()]
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
@@ -668,8 +663,8 @@ class Trainer:
         if self.ranks > 1:
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
-            unused = c.curriculum == "two-stage"        # weights without a gradient, to search for in every step
-            self.forward = nn.parallel.DistributedDataParallel(hybrid, find_unused_parameters=unused)
+            self.forward = nn.parallel.DistributedDataParallel(     # each stage leaves weights without a gradient
+                hybrid, find_unused_parameters=c.curriculum == "two-stage")
 
     def images(self, x, plan):
         """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
@@ -715,7 +710,7 @@ class Trainer:
         for m in batchnorms(self.net):
             m.track_running_stats = True
         valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
-        losses = [pbsd_loss(t.view(N, c.patches, -1), s.view(N, c.patches, -1), torch.cat([k, queue]), c.tau, valid)
+        losses = [pbsd_loss(t, s, torch.cat([k, queue]), c.tau, valid)
                   for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
         return sum(losses) / c.experts
 
@@ -725,22 +720,21 @@ class Trainer:
         N = len(y)
         z = self.net.embed(maps)                                            # [E,2N,D]; [E,N,D] with a momentum encoder
         q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
-        if self.keys:
+        if self.key_encoder:
             with torch.no_grad():
-                k = self.keys.embed(self.keys.maps(views[1]))
+                k = self.key_encoder.embed(self.key_encoder.maps(views[1]))
         q, k, y = gather(q, 1), gather(k, 1), gather(y)                     # of all processes
-        losses = [self.contrast_loss(q[i], k[i], y, e.prototypes, self.queue[i]) for i, e in enumerate(self.net.experts)]
+        losses = [self.contrast_loss(q_e, k_e, y, e.prototypes, queue)          # of each expert
+                  for q_e, k_e, e, queue in zip(q, k, self.net.experts, self.queue)]
         parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
         if self.config.pbsd:
             parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
         return parts, (k.detach(), y)
 
     def remember(self, keys, y):
-        """The keys [E,N,D] overwrite the oldest of the queue."""
-        K, n = self.config.queue, min(len(y), self.config.queue)
-        slots = (self.queue_at + torch.arange(n, device=self.device)) % K
-        self.queue[:, slots], self.queue_y[slots] = keys[:, len(y) - n:], y[len(y) - n:]
-        self.queue_at = (self.queue_at + n) % K
+        """The keys [E,N,D] join the queue at its end, the N oldest leave it [D, as MoCo]."""
+        self.queue = torch.cat([self.queue, keys], 1)[:, len(y):]                               # [E,K,D]
+        self.queue_y = torch.cat([self.queue_y, y])[len(y):]                                    # [K]
 
     def losses(self, x, y, x_ce, y_ce):
         """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
@@ -749,11 +743,13 @@ class Trainer:
         c, N, weight = self.config, len(y), self.weight
         query, key, plain, _ = self.augmentation
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
-        seen = views[:1] if self.keys else views        # the momentum encoder takes the keys' view
+        seen = views[:1] if self.key_encoder else views        # the momentum encoder takes the keys' view
         classified = [plain(x_ce, self.rng, self.size)] if self.classifies else []
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
             maps = self.net.maps(torch.cat(seen + classified))          # [3N,width,h,w] of each expert
-        parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y) if weight else ({}, None)
+        parts, keys = {}, None
+        if weight:
+            parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y)
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
@@ -774,26 +770,23 @@ class Trainer:
         """Does the epoch train the classifier? Not in the first of two stages."""
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
-    @property
-    def balanced(self):
-        """Does the epoch train the classifier on class-balanced batches?"""
-        c = self.config
-        auto = c.method != "ce" or self.epoch >= c.epochs       # ce: the baseline
-        return self.classifies and (auto if c.classifier == "auto" else c.classifier == "class-balanced")
-
     def batches(self, N, steps):
         """The rows of an epoch's batches [steps,n]: n = N instance-balanced rows, for the feature branch
         and for a classifier that takes them, and as many class-balanced ones for a classifier that doesn't.
         Of several processes each gets its part of both."""
+        c = self.config
+        balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto"
+                                        and (c.method != "ce" or self.epoch >= c.epochs))      # ce: the baseline
         order = torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]
-        plan = [order] if self.weight or not self.balanced else []
-        if self.balanced:
+        plan = [order] if self.weight or not balanced else []
+        if balanced:
             plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
-        return torch.cat([rows.view(steps, N).chunk(self.ranks, 1)[self.rank] for rows in plan], 1)
+        parts = [rows.view(steps, N).chunk(self.ranks, 1)[self.rank] for rows in plan]          # [steps,N/ranks] each
+        return torch.cat(parts, 1)
 
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
-        for the device."""
+        for the device, but where fp16 needs a loss scale."""
         # either N rows for both branches or N for each: the contrastive ones come first, the classifier's last
         parts, keys = self.forward(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
@@ -802,20 +795,22 @@ class Trainer:
         self.scaler.update()
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
-        for slow, decay in ((self.keys, self.config.ema), (self.averaged, self.config.average)):
+        for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, self.config.average)):
             if slow:
                 self.follow(slow, decay)
         return {name: part.detach() for name, part in parts.items()}
 
     def follow(self, slow, decay):
-        """The parameters and buffers of a slow copy take a step towards the trained network's."""
+        """The parameters and buffers of a slow copy, MoCo's momentum encoder [D] or averaged weights, take a step
+        towards the trained network's."""
         pair = [[*net.parameters(), *net.buffers()] for net in (slow, self.net)]
         get_ema_multi_avg_fn(decay)(*pair, None)
 
     def reseed(self, *place):
         """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
         So there is no random state that a checkpoint could lose."""
-        self.rng.manual_seed(int(np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)[0]))
+        state, = np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)
+        self.rng.manual_seed(int(state))
 
     def train_epoch(self, tick=lambda step, steps: None):
         """Once over the training set. Returns the epoch's means; nothing is read from the device
@@ -846,8 +841,9 @@ class Trainer:
 
     def agree(self):
         """Losses become the mean of all processes, BatchNorm's running statistics those of the first."""
-        self.history = list(gather(torch.stack(self.history)[None]).mean(0))
-        for net in (self.net, self.averaged) if self.averaged else (self.net,):
+        history = torch.stack(self.history)[None]                               # [1,steps,parts]
+        self.history = list(gather(history).mean(0))
+        for net in filter(None, (self.net, self.averaged)):
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
 
@@ -863,24 +859,23 @@ class Trainer:
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
         net = self.averaged or self.net.eval()
         plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
-        found = [torch.zeros(3, 0, dtype=torch.int64, device=self.device)]      # for a process without a batch
+        predicted = torch.full((len(self.y_test),), -1, device=self.device)     # [M] -1: another process's, or can't be read
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            predicted = net(TF.center_crop(x, self.size).float() / 255).argmax(1)                  # [500]
-            found.append(torch.stack([predicted, rows, asked]))                                 # [3,500]
-        everyones = [torch.cat(found, 1).cpu()] * self.ranks
+            classes = net(TF.center_crop(x, self.size).float() / 255).argmax(1)                 # [n]
+            predicted[asked] = torch.where(rows == asked, classes, -1)
         if self.ranks > 1:
-            dist.all_gather_object(everyones, everyones[0])
-        predicted, rows, asked = torch.cat(everyones, 1)                        # [M] each
-        known = rows == asked                           # all but files that can't be read
-        self.evaluated = accuracy(predicted[known], self.y_test[asked[known]], self.counts)
+            dist.all_reduce(predicted, dist.ReduceOp.MAX)
+        predicted = predicted.cpu()
+        known = predicted >= 0                                                  # [M]
+        self.evaluated = accuracy(predicted[known], self.y_test[known], self.counts)
         return self.evaluated
 
     def state_dict(self):
         """All that the rest of the run follows from, and all that load() needs; plain values and tensors
         alone, loads with weights_only=True. Random states are not among it: see reseed."""
-        return dict(net=self.net.state_dict(), keys=self.keys and self.keys.state_dict(),
+        return dict(net=self.net.state_dict(), key_encoder=self.key_encoder and self.key_encoder.state_dict(),
                     averaged=self.averaged and self.averaged.state_dict(),
-                    queue=self.queue, queue_y=self.queue_y, queue_at=self.queue_at,
+                    queue=self.queue, queue_y=self.queue_y,
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
                     epoch=self.epoch, history=self.history, evaluated=self.evaluated, elapsed=self.elapsed, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
@@ -892,16 +887,15 @@ class Trainer:
         require(state["class_names"] == self.class_names and state["fingerprint"] == self.fingerprint,
                 "the training images are not those that the run began with: --data or the files in it have changed")
         try:
-            saved = [state[name] for name in ("net", "keys", "averaged", "scaler")] + state["optimizers"]
-            for part, its in zip((self.net, self.keys, self.averaged, self.scaler, *self.optimizers), saved):
+            saved = [state[name] for name in ("net", "key_encoder", "averaged", "scaler")] + state["optimizers"]
+            for part, its in zip((self.net, self.key_encoder, self.averaged, self.scaler, *self.optimizers), saved):
                 if part and (its or part is not self.scaler):       # a scaler that was off has no state
                     part.load_state_dict(its)
-            self.queue.copy_(state["queue"])
-            self.queue_y.copy_(state["queue_y"])
-            for name in ("queue_at", "epoch", "evaluated", "elapsed"):
+            self.queue, self.queue_y = state["queue"].to(self.device), state["queue_y"].to(self.device)
+            for name in ("epoch", "evaluated", "elapsed"):
                 setattr(self, name, state[name])
             self.history = [parts.to(self.device) for parts in state["history"]]
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except Exception as error:  # another version's
             raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None
 
 
@@ -943,8 +937,8 @@ def check_labels(where, y_train, y_test, names=None):
         C = int(y_train.max()) + 1
         require(y.max() < C, f"{where}: {part} label {y.max()}, but the training labels end at {C - 1}: "
                 "number the classes 0..C-1")
-        gap = next((c for c, present in enumerate([*y.unique().tolist(), C]) if c != present), None)
-        require(gap is None, f"{where}: class {gap} has no {part} image: number the classes 0..C-1 without gaps")
+        gap = min({*range(len(y) + 1)} - {*y.tolist()})         # the first number that is no label
+        require(gap == C, f"{where}: class {gap} has no {part} image: number the classes 0..C-1 without gaps")
     require(C > 1, f"{where}: there is one class alone: at least two are needed")
     names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name)
              for name in (range(C) if names is None else names)]
@@ -954,11 +948,10 @@ def check_labels(where, y_train, y_test, names=None):
 
 def read_npz(path):
     """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
+    require(path.exists(), f"{path} does not exist: give the path of an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
             arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the path of an .npz file") from None
     except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
         raise InputError(f"{path} cannot be read as plain arrays ({error}): write it anew with numpy.savez, "
                          "class_names as strings") from None
@@ -1004,9 +997,9 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        for row in itertools.chain(range(i, len(self)), range(i)):
+        for row in range(i - len(self), i):             # from the end: i, i+1, ... and round to i-1
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
-                return read_picture(self.paths[row], self.side and [self.side] * 2), row
+                return read_picture(self.paths[row], self.side and [self.side] * 2), row % len(self)
         return torch.zeros(3, self.side or 1, self.side or 1, dtype=torch.uint8), -1
 
     def report(self, asked, rows):
@@ -1053,7 +1046,7 @@ def load_files(root, train_list, test_list, size):
     if train_list or test_list:
         rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
     else:
-        held_out = next((p for p in (root / "val", root / "test") if p.is_dir()), root / "val")
+        held_out = root / ("test" if (root / "test").is_dir() and not (root / "val").is_dir() else "val")
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
                     "and val/<class>/* (or test)")
@@ -1180,8 +1173,7 @@ def pick_device(name):
         probe.cpu()                                     # meta tensors have no values
         return probe.device
     except Exception as error:  # torch raises all kinds
-        reason = textwrap.shorten(str(error), 100, placeholder=" ...")
-        raise InputError(f"--device {name} does not work here ({reason}): try --device cpu") from None
+        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}): try --device cpu") from None
 
 
 def pick_amp(name, device):
@@ -1193,7 +1185,7 @@ def pick_amp(name, device):
 
 @contextlib.contextmanager
 def signals_blocked():
-    """SIGINT and SIGTERM wait for the end, and never reach processes started within."""
+    """SIGINT and SIGTERM wait for the end, and never reach processes forked within."""
     if not hasattr(signal, "pthread_sigmask"):          # Windows
         yield
         return
@@ -1216,8 +1208,7 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"net", "config", "epoch", "history", "evaluated", "ranks", "fingerprint", "class_names", "counts",
-                                 "stored", "size"}
+        known = state.keys() >= {"config", "fingerprint", "stored"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
     require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")
@@ -1235,7 +1226,7 @@ def load(run, device="auto"):
         c = state["config"]
         net = Hybrid(c["net"], len(state["counts"]), torch.zeros(3), torch.ones(3), c["experts"], c["logits"] == "cosine")
         net.load_state_dict(state["averaged"] or state["net"])
+        net.class_names, net.counts, net.stored, net.size = (state[key] for key in ("class_names", "counts", "stored", "size"))
     except Exception as error:  # another version's
         raise InputError(f"{run}: its weights don't fit this program ({str(error).splitlines()[0]})") from None
-    net.class_names, net.counts, net.stored, net.size = (state[key] for key in ("class_names", "counts", "stored", "size"))
     return net.to(pick_device(device)).eval()
