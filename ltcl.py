@@ -416,7 +416,7 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         labels = y.sort().values                                                   # [B]
-        group = torch.searchsorted(labels, y)                                      # [B] a class's number: its first place in labels
+        group = torch.searchsorted(labels, y)                                      # [B] a class's number: its place in labels
         P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
@@ -602,47 +602,56 @@ class Trainer:
         for flag, n in (("--batch-size", c.batch_size), ("--stage2-batch", two_stage * c.stage2_batch)):
             require(n % self.ranks == 0, f"{flag} {n} can't be shared by {self.ranks} processes: take a multiple of it")
         require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
-        self.history = []                               # losses of the steps done in this epoch
-        self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.epoch = 0                                  # epochs done
         self.epochs = c.epochs + two_stage * c.stage2_epochs    # of both stages
+        self.history = []                               # losses of the steps done in this epoch
+        self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.device = pick_device(c.device)
-        data = hold_out(data, c.holdout) if c.holdout else data
+        self.rng = torch.Generator(self.device)         # of batches and views, see reseed
+        self.take_data(hold_out(data, c.holdout) if c.holdout else data)
+        self.build(*self.look_at_data())
+
+    def take_data(self, data):
+        """The training images, thinned to a long tail, and the test images."""
+        c, files = self.config, isinstance(data.x_train, ImageFiles)
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
-        files = isinstance(data.x_train, ImageFiles)
         if files:
             require(data.x_train.side == c.size * 8 // 7, f"--size {c.size}, but the images are read at {data.x_train.side} "
                     "pixels: give load_dataset the same size")
         x, y = take(data.x_train, kept), data.y_train[kept]
-        content = "/".join(Path(path).name for path in x.paths).encode(errors="surrogateescape") if files else x.numpy()
-        self.fingerprint = zlib.crc32(y.numpy(), zlib.crc32(content))                           # of the training images
+        self.fingerprint = fingerprint(x, y)            # by which load_state_dict() knows them again
         self.x, self.x_test = (x, data.x_test) if files else (x.to(self.device), data.x_test.to(self.device))
         self.y, self.y_test = y.to(self.device), data.y_test
         self.class_names, self.counts = data.class_names, torch.bincount(y)                     # C, [C]
         self.class_size = self.counts.to(self.device)                                           # [C]
-        sample = torch.arange(0, len(kept), math.ceil(len(kept) / 1000) if files else 1)
+
+    def look_at_data(self):
+        """How large the images are, and the views to be; returns mean and standard deviation [3] of the pixels in
+        0..1: of all images in memory, of up to 1,000 files."""
+        c, files = self.config, isinstance(self.x, ImageFiles)
+        sample = torch.arange(0, len(self.y), math.ceil(len(self.y) / 1000) if files else 1)
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
+        require(min(pixels.shape[2:]) >= 8, f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels: "
+                "a side needs 8 or more")
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
         self.augmentation = AUGMENTATIONS[self.aug]
-        require(min(pixels.shape[2:]) >= 8, f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels: a side needs 8 or more")
         self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network brings others,
         self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored    # and of the views cut out of them
-        self.rng = torch.Generator(self.device)         # of batches and views, see reseed
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
-        self.build(mean, std)
+        return mean, std.clamp(min=1 / 255)
 
     def build(self, mean, std):
         """The network with its slow copies, the queue and the optimisers."""
         c, amp = self.config, pick_amp(self.config.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.manual_seed(c.seed)
-            net = Hybrid(c.net, len(self.counts), mean, std.clamp(min=1 / 255), c.experts, c.logits == "cosine", amp=amp)
+            net = Hybrid(c.net, len(self.counts), mean, std, c.experts, c.logits == "cosine", amp=amp)
         if c.batchnorm == "sync":
             require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-            for m in batchnorms(net):                   # it insists on a counter; on the host and outside the state it costs nothing
+            for m in batchnorms(net):                   # it insists on a counter: on the host, outside the state
                 del m.num_batches_tracked
                 m.num_batches_tracked = torch.zeros(())
         self.net = net.to(self.device, memory_format=layout(self.device))
@@ -1162,6 +1171,12 @@ def draw_shapes(n_train=300, n_test=50, seed=0):
     x_train, x_test = (torch.cat([draw(part) for part in y.split(500)]) for y in (y_train, y_test))
     names = [f"{TEXTURES[c % 4]} {OUTLINES[c % 5]}" for c in range(20)]
     return Dataset(x_train, y_train, x_test, y_test, names)
+
+
+def fingerprint(x, y):
+    """A number that tells training images x and labels y [N] from others; of image files their names count."""
+    names = "/".join(Path(path).name for path in x.paths) if isinstance(x, ImageFiles) else ""
+    return zlib.crc32(y.numpy(), zlib.crc32(names.encode(errors="surrogateescape") if names else x.numpy()))
 
 
 def pick_device(name):

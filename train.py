@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import statistics
@@ -17,8 +16,10 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 try:
@@ -35,8 +36,9 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
     sys.exit(2)
 
 
-RANKS = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1     # the processes that torchrun
-RANK = int(os.environ["RANK"]) if RANKS > 1 else 0      # started, and which this one is
+RANK, RANKS = 0, 1                                      # which process this is, and of how many
+if {"RANK", "WORLD_SIZE"} <= os.environ.keys():         # started by torchrun
+    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 # --- settings: a field is a flag ---------------------------------------------------------------
@@ -45,14 +47,7 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def flags_text(settings):
-    """Settings, {field: value}, as they are typed."""
-    return " ".join(f"{flag(name)} {shlex.quote(f'{value:.12g}' if isinstance(value, float) else str(value))}"
-                    for name, value in settings.items())
-
-
-def check_useful(given, flags, action):
-    useless = set(given) - flags
+def refuse(useless, action):
     ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with {action}: leave it out")
 
 
@@ -133,8 +128,6 @@ class Config:
                          + ("above 0" if m["low"] == TINY else f"{m['low']} or more"))
             ltcl.require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be "
                          + ("below 1" if m["high"] == BELOW_ONE else f"{m['high']} or less"))
-        ltcl.require(self.method == "dscl" or not (self.ema or self.queue), f"--ema and --queue are DSCL's: "
-                     f"leave them out for --method {self.method}")
         ltcl.require(self.dataset in ltcl.FILE_SETS or not (self.train_list or self.test_list), "--train-list and --test-list "
                      f"are for {', '.join(ltcl.FILE_SETS)}: leave them out for --dataset {self.dataset}")
         ltcl.require(bool(self.train_list) == bool(self.test_list), "--train-list and --test-list go together: give both")
@@ -147,14 +140,15 @@ class Config:
         preset |= PRESETS["record"] if given.get("recipe") == "record" else {}
         changed = {name for name, value in given.items() if value != preset.get(name, getattr(cls, name, None))}
         config, patches = cls(**preset | given), {"patches", "patch_size", "box_scale"}
-        idle = {"ce": {"tau", "alpha", "pbsd"} | patches, "sc": {"alpha"}, "psc": {"alpha"}}
-        check_useful(changed & idle.get(method, set()), set(), f"--method {method}")
-        if not config.pbsd:
-            check_useful(changed & patches, set(), "--pbsd 0")
-        if method == "ce" and "two-stage" not in (config.curriculum, preset.get("curriculum")):
-            check_useful(changed & {"curriculum"}, set(), "--method ce")
-        if config.curriculum != "two-stage":
-            check_useful(changed & {"stage2_epochs", "stage2_batch", "stage2_lr"}, set(), f"--curriculum {config.curriculum}")
+        two_stage = "two-stage" in (config.curriculum, preset.get("curriculum"))
+        for idle, names, action in (
+                (method == "ce", {"tau", "pbsd"} | patches, f"--method {method}"),
+                (method == "ce" and not two_stage, {"curriculum"}, f"--method {method}"),
+                (method != "dscl", {"alpha", "ema", "queue"}, f"--method {method}"),
+                (not config.pbsd, patches, "--pbsd 0"),
+                (config.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"}, f"--curriculum {config.curriculum}")):
+            if idle:
+                refuse(changed & names, action)
         return config
 
 
@@ -181,44 +175,40 @@ PRESETS = {
 
 # --- the command line --------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse prints the whole usage as well
-        raise ltcl.InputError(f"{message}; python train.py --help lists the flags")
+USEFUL = {"eval": {"dataset", "data", "train_list", "test_list", "workers", "device", "amp"}, "predict": {"device"},
+          "report": set(), "tables": set()}             # the settings that mean something where nothing is trained
 
 
 def read_arguments(argv):
     """What is to be done, and the settings that are given on the command line, {field: value}."""
-    parser = Parser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    do = parser.add_argument_group("instead of training a new run")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.error = lambda message: ltcl.require(False, f"{message}; python train.py --help lists the flags")
+    do = parser.add_argument_group("one of").add_mutually_exclusive_group()
     do.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved last")
-    do.add_argument("--eval", metavar="RUN", help="accuracy of a trained run: its folder or a .pt file")
+    do.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed; those that were stopped go on")
+    do.add_argument("--eval", metavar="RUN", type=Path, help="accuracy of a trained run: its folder or a .pt file")
     do.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
     do.add_argument("--report", metavar="RUN", nargs="+", help="draw runs side by side (needs matplotlib)")
-    do.add_argument("--tables", metavar="FILE", help="the tables of a file of --results, as Markdown")
-    parser.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed; those that were stopped go on")
-    parser.add_argument("--results", metavar="FILE", help="add a row a run to a .csv file; --seeds leaves out what it has")
+    do.add_argument("--tables", metavar="FILE", type=Path, help="the tables of a file of --results, as Markdown")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="add a row a run to a .csv file; what it has is left out")
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
         presets = [f"{name if isinstance(name, str) else ' '.join(name)}: {preset[f.name]}"
                    for name, preset in PRESETS.items() if f.name in preset]
         choices = ", ".join(f.metadata["choices"] or [])
-        parser.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(),
+        parser.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
-    given = vars(parser.parse_args(argv))
-    exclusive = "resume", "eval", "predict", "report", "tables", "seeds"
-    do = argparse.Namespace(**{name: given.pop(name, None) for name in (*exclusive, "results", "per_class", "quiet")})
-    for name in ("eval", "tables", "results"):
-        ltcl.require(getattr(do, name) != "", f"--{name} is empty: name a {'run' if name == 'eval' else 'file'}")
-    actions = [name for name in exclusive if getattr(do, name)]
-    ltcl.require(len(actions) < 2, f"--{' and --'.join(actions)} at once: choose one")
+    do = parser.parse_args(argv)
+    given = {f.name: getattr(do, f.name) for f in fields(Config) if f.name in do}
+    for action, useful in USEFUL.items():
+        if getattr(do, action):
+            refuse(given.keys() - useful, f"--{action}")
+            refuse({"results"} if do.results else (), f"--{action}")
+            ltcl.require(RANKS == 1, f"--{action} takes one process: leave torchrun out")
+    refuse({"seed"} & given.keys() if do.seeds else (), "--seeds")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
-    action = actions[0] if actions else ""
-    ltcl.require(action in ("", "resume", "seeds") or not do.results, f"--results has no meaning with --{action}: leave it out")
-    if action in ("report", "tables"):
-        check_useful(given, set(), f"--{action}")
-    ltcl.require(not do.seeds or "seed" not in given, "--seed and --seeds at once: choose one")
     return do, given
 
 
@@ -234,53 +224,46 @@ def say(text):
         print(text, file=sys.stderr)
 
 
-def saved_config(saved, run):
+def saved(run):
+    """The state of a run and its settings. Raises InputError."""
+    state = ltcl.read_checkpoint(run)
     try:
-        return Config(**saved)
+        return state, Config(**state["config"])
     except (TypeError, ltcl.InputError) as error:
         raise ltcl.InputError(f"{run}: its settings are not this program's ({error}): use the version that made it") from None
 
 
-def same_so_far(old, new, epochs):
-    """Have the epochs done the same learning rate and contrast weight under both settings?"""
-    times = [epoch + part / 100 for epoch in range(epochs) for part in range(1, 101)]
-    return all(ltcl.learning_rate(t, old) == ltcl.learning_rate(t, new) for t in times) and (old.method == "ce" or all(
-        ltcl.contrast_weight(e, old.epochs, old.curriculum) == ltcl.contrast_weight(e, new.epochs, new.curriculum)
-        for e in range(epochs)))
+def course(c, epochs):
+    """Learning rate and contrast weight over the first epochs, a hundred times in each. c: the settings."""
+    return [(ltcl.learning_rate(t / 100, c), c.method != "ce" and ltcl.contrast_weight((t - 1) // 100, c.epochs, c.curriculum))
+            for t in range(1, 100 * epochs + 1)]
 
 
-def resumed(given):
-    """The settings of the run in --out with those that are given anew, and its saved state, None where nothing
-    was saved yet. Raises InputError for a setting that would make it another run."""
-    ltcl.require(given.get("out"), "--resume needs --out, the folder of the run")
-    out = Path(given["out"])
-    if not (out / "last.pt").exists():
-        ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name the folder of the run")
-        try:
-            saved = json.loads((out / "config.json").read_text())
-        except FileNotFoundError:
-            saved = {}
-        except ValueError:
-            raise ltcl.InputError(f"{out / 'config.json'} is damaged: remove the folder and start anew") from None
-        ltcl.require(saved or len(given) > 1, f"--out {out} holds no run: name the folder of one, or give the settings of a new one")
-        if out.exists():
-            say(f"note: nothing is saved in {out} yet: starts from the beginning")
-        return (replace(saved_config(saved, out), **given) if saved else Config.of(**given)), None
-    state = ltcl.read_checkpoint(out)
-    old = saved_config(state["config"], out)
+def opened(given, go_on):
+    """The settings of a run and its saved state, None for a new one. With go_on, where --out holds a run, it is that
+    one with what is given anew. Raises InputError for a setting that would make it another run."""
+    out = given.get("out", "")
+    held = [name for name in ("last.pt", "log.jsonl") if out and Path(out, name).exists()]
+    ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
+    if "last.pt" not in held:
+        ltcl.require(not go_on or out and len(given) > 1, f"--resume: --out {out!r} holds no run: name the folder of one, or of a "
+                     "new one with its settings")
+        return Config.of(**given), None
+    state, old = saved(out)
+    ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
     new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
-    for f in fields(Config):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        moved = f.name == "dataset" and a.endswith(".npz") and b.endswith(".npz")       # the fingerprint knows the images
-        if a == b or f.name in NO_MATTER or moved:
+    for name in given:
+        a, b = getattr(old, name), getattr(new, name)
+        moved = name == "dataset" and a.endswith(".npz") and b.endswith(".npz")         # the fingerprint knows the images
+        if a == b or name in NO_MATTER or moved:
             continue
-        if f.name in ("epochs", "stage2_epochs"):
-            ltcl.require(same_so_far(old, new, began), f"{flag(f.name)} {b}: with {a}, the {began} epochs done had another "
-                         "learning rate or contrast weight than they would have had: start a new run")
+        if name in ("epochs", "stage2_epochs"):
+            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: with {a}, the {began} epochs done had "
+                         "another learning rate or contrast weight than they would have had: start a new run")
         else:
-            ltcl.require(f.name in ROUNDING, f"{flag(f.name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
+            ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
                          "or start a new run in another folder with --out")
-        say(f"note: {flag(f.name)} goes from {a} to {b}" + ": the last digits change" * (f.name in ROUNDING))
+        say(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
     if state["ranks"] != RANKS:
         say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
     return new, state
@@ -321,38 +304,19 @@ def asked_to_stop(met):
 
 def run_name(config):
     data = Path(config.data).resolve().name if config.dataset == "folder" else Path(config.dataset).stem
-    return f"{data}-imb{config.imb:g}-{config.method}-{config.net}-seed{config.seed}"
+    return f"{data}-imb{config.imb:g}-{config.method}-{config.net}"
 
 
-def check_folder(out):
-    """Raises InputError where the folder of a new run holds one already."""
-    ltcl.require(not any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")),
-                 f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
-    ltcl.require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a folder")
-
-
-def make_folder(config, out):
-    """The folder of the run: out, or a new one below runs/, which runs started side by side don't share."""
-    try:
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
+def make_folder(config):
+    """The folder of the run: --out, or a new one below runs/, which runs started side by side don't share."""
+    for n in itertools.count(1):
+        out = Path(config.out or f"runs/{run_name(config)}-seed{config.seed}-{n}")
+        try:
+            out.mkdir(parents=True, exist_ok=bool(config.out))
             return out
-        for n in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                out = Path("runs") / f"{run_name(config)}-{n}"
-                out.mkdir(parents=True)
-                return out
-    except OSError as error:
-        raise ltcl.InputError(f"--out {out} cannot be made ({error.strerror}): name another folder") from None
-
-
-def read_log(out):
-    """The epochs in a run's log.jsonl; a last line that was never finished doesn't count."""
-    records = []
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        for line in (out / "log.jsonl").read_text().splitlines():
-            records.append(dict(json.loads(line)))
-    return records
+        except OSError as error:
+            taken = isinstance(error, FileExistsError) and not config.out
+            ltcl.require(taken, f"--out {out} cannot be made ({error.strerror}): name another folder")
 
 
 def live(text):
@@ -361,33 +325,28 @@ def live(text):
         print(f"\r{text}\x1b[K", end="", flush=True)
 
 
-def small(x):
-    return torch.nn.functional.interpolate(x, (64, 64), mode="area")
-
-
 def save_views(trainer, path, columns=20, rows=8):
     """A picture of the long tail: the classes from head to tail, each a pile of training images as
     high as the class is large, and below it the two contrastive views of one image, the first with the boxes of
     its patches, and the classifier's view."""
-    order = trainer.counts.argsort(descending=True, stable=True)
-    order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()].tolist()
-    found = [(trainer.y == c).nonzero()[:rows, 0] for c in order]
+    c, counts, small = trainer.config, trainer.counts, partial(torch.nn.functional.interpolate, size=(64, 64), mode="area")
+    order = counts.argsort(descending=True, stable=True)
+    order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()]
+    height = (rows * counts[order] / counts.max()).ceil().int().tolist()
+    found = [(trainer.y == i).nonzero()[:h, 0] for i, h in zip(order, height)]
     pixels, _ = next(trainer.images(trainer.x, [torch.cat(found)]))             # uint8 [n,3,H,W]
-    images = pixels.cpu().split([len(f) for f in found])                        # [<=rows,3,H,W] of each class
-    height = [math.ceil(rows * trainer.counts[c] / trainer.counts.max()) for c in order]
-    first, rng = torch.stack([x[0] for x in images]), torch.Generator().manual_seed(0)
-    views = [small(view(first, rng, trainer.size)) for view in trainer.augmentation[:3]]        # [columns,3,64,64] each
-    if trainer.config.pbsd:
-        c = trainer.config
+    piles = pixels.cpu().split([len(f) for f in found])                         # [<=rows,3,H,W] of each class
+    grid = torch.ones(rows + 4, len(order), 3, 64, 64)                          # white
+    for i, pile in enumerate(piles):
+        grid[rows - len(pile):rows, i] = small(pile / 255)
+    first, rng = torch.stack([pile[0] for pile in piles]), torch.Generator().manual_seed(0)
+    for i, view in enumerate(trainer.augmentation[:3]):
+        grid[rows + 1 + i] = small(view(first, rng, trainer.size))
+    if c.pbsd:
         boxes = ltcl.random_boxes(len(first), c.patches, 64, 64, rng, side_scale=c.box_scale == "side")
-        views[0] = torch.stack([torchvision.utils.draw_bounding_boxes(*pair, colors="yellow") for pair in zip(views[0], boxes)])
-    images = [small(x / 255) for x in images]
-    white = torch.ones(3, 64, 64)
-    pile = [x[h - r] if 0 <= h - r < len(x) else white for r in range(rows, 0, -1) for x, h in zip(images, height)]
-    grid = torch.cat([torch.stack(pile + [white] * len(order)), *views])
-    content = io.BytesIO()
-    torchvision.utils.save_image(grid, content, format="png", nrow=len(order), padding=4, pad_value=1)
-    ltcl.write_whole(path, content.getbuffer())
+        for image, its in zip(grid[rows + 1], boxes):
+            image[:] = torchvision.utils.draw_bounding_boxes(image, its, colors="yellow")
+    torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=len(order), padding=4, pad_value=1)
 
 
 EPOCH = dict.fromkeys(("epoch", "loss", "loss_contrast", "loss_pbsd", "loss_ce", "contrast_weight", "lr", "cos_positive",
@@ -421,51 +380,45 @@ def make_trainer(config, state=None):
 
 
 class Run:
-    """A trainer and its folder: config.json, log.jsonl (an object an epoch), views.png and last.pt.
+    """A trainer and its folder: config.json, views.png, log.jsonl (an object an epoch) and last.pt. state: what that held."""
 
-    config, out: the settings and the folder, None for a new one.  state: what last.pt held, to go on from there.
-    """
-
-    def __init__(self, config, out, state=None):
+    def __init__(self, config, state):
         print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
         t = self.trainer = make_trainer(config, state)
-        self.records, self.number = [], 0
-        self.start = self.saved = self.shown = time.time()
-        self.begun = t.epoch + bool(t.history) / 2      # about where the clock starts
-        self.out = out
+        self.log = state["log"] if state else []        # an object an epoch
+        self.shown = time.time()
         if RANK == 0:
-            self.out = out = make_folder(config, out)
-            config.out = str(out)
-            self.records = [r for r in read_log(out) if r["epoch"] <= t.epoch]
-            ltcl.write_whole(out / "config.json", json.dumps(asdict(config), indent=1).encode())
-            self.write_log()
+            self.out = make_folder(config)
+            config.out = str(self.out)
+            ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
             if not state:
-                save_views(t, out / "views.png")
+                save_views(t, self.out / "views.png")
+        self.save()                                     # also of a new run: whatever happens, it can be gone on with
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
-              f"{len(t.y_test)} test images; on {t.device}; into {out}", flush=True)
-        if t.config.imb > 1 and (t.counts.diff() > 0).any():
+              f"{len(t.y_test)} test images; on {t.device}; into {config.out}", flush=True)
+        if config.imb > 1 and (t.counts.diff() > 0).any():
             say("warning: --imb thins the classes from the first, as the head, to the last, but some have too few images for "
                 "their place: --imb 1 takes all images as they are")
-        if t.config.queue > len(t.y):
-            say(f"warning: --queue {t.config.queue} is more than the {len(t.y)} training images: it holds some twice")
-        steps = len(t.y) // t.config.batch_size * t.config.epochs
+        if config.queue > len(t.y):
+            say(f"warning: --queue {config.queue} is more than the {len(t.y)} training images: it holds some twice")
+        steps = len(t.y) // config.batch_size * config.epochs
         if steps < 100:
             say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or "
                 "more --epochs")
-
-    def write_log(self):
-        ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode())
 
     def save(self):
         self.saved = time.time()
         if RANK == 0:
             content = io.BytesIO()
-            torch.save(self.trainer.state_dict(), content)
+            torch.save(self.trainer.state_dict() | dict(log=self.log), content)
             ltcl.write_whole(self.out / "last.pt", content.getbuffer())
+            ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log).encode())
 
-    def left(self, done):                               # epochs done, fractions counted
-        t = self.trainer
-        return f"{(time.time() - self.start) / max(done - self.begun, 1e-3) * (t.epochs - done) / 60:.1f} min left"
+    def seconds(self):                                  # of the epochs done
+        return sum(record["seconds"] for record in self.log)
+
+    def left(self, done, seconds):                      # epochs done, fractions counted, and what they took
+        return f"{seconds / done * (self.trainer.epochs - done) / 60:.1f} min left"
 
     def between_steps(self, step, steps):
         t, number = self.trainer, asked_to_stop(self.signals)
@@ -474,12 +427,12 @@ class Run:
             t.elapsed = time.time() - self.began
             self.save()
         if number:
-            raise Stopped(number, self.out)
+            raise Stopped(number, t.config.out)
         if time.time() - self.shown > 1:                # to read the loss is to wait for the device: once a second
-            self.shown = time.time()
-            speed = step * t.config.batch_size / (self.shown - self.began)
+            self.shown, seconds = time.time(), time.time() - self.began
+            speed = step * t.config.batch_size / seconds
             live(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  loss {t.history[-1][0].item():6.3f}  "
-                 f"{speed:,.0f} images/s  {self.left(t.epoch + step / steps)}")
+                 f"{speed:,.0f} images/s  {self.left(t.epoch + step / steps, self.seconds() + seconds)}")
 
     def epoch(self):
         """Train one, evaluate, log, save."""
@@ -492,21 +445,17 @@ class Run:
             record |= {name: value for name, value in t.evaluate().items() if name in EPOCH}
         record |= dict(epoch=t.epoch, seconds=round(time.time() - self.began, 3))
         t.elapsed = 0
-        self.records.append(record)
+        self.log.append(record)
         number = asked_to_stop(self.signals)
-        if RANK == 0:
-            self.write_log()                            # before last.pt: a kill between them costs an epoch, not its line
         if number or t.epoch % c.save_every == 0 or t.epoch == t.epochs:
             self.save()
-        top1 = ("no classifier yet" if record["loss_ce"] is None else "not evaluated" if record["top1"] is None
-                else f"top-1 {record['top1']:5.2f} %")
+        top1 = "not evaluated" if record["top1"] is None else f"top-1 {record['top1']:5.2f} %"
         live("")
         print(f"epoch {t.epoch:3}/{t.epochs}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
-              f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  {self.left(t.epoch)}",
-              flush=True)
-        if number and t.epoch < t.epochs:
-            raise Stopped(number, self.out)
-        self.number = number                            # of a signal in the last epoch, for the seeds that follow
+              f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  "
+              f"{self.left(t.epoch, self.seconds())}", flush=True)
+        if number:
+            raise Stopped(number, c.out)
 
     def train(self):
         """To the last epoch. Raises Stopped."""
@@ -535,17 +484,10 @@ def run_title(trainer):
 
 
 def print_result(trainer, seconds):
-    c = trainer.config
     print_table(f"{run_title(trainer)}: {trainer.epochs} epochs in {seconds:.0f} s on {trainer.device}, last epoch's accuracy",
                 trainer.evaluated, trainer.counts)
-    again = dict(dataset=c.dataset, method="dscl" if c.method == "ce" else "ce")
-    again |= {} if c.recipe == "paper" else dict(recipe=c.recipe)
-    names = ("data", "train_list", "test_list", "imb", "net", "epochs", "batch_size", "lr", "size", "holdout")
-    preset = Config.of(**again)
-    again |= {name: getattr(c, name) for name in names if getattr(c, name) != getattr(preset, name)}
-    if c.dataset == "shapes" and c.method == "ce":
-        again = dict(dataset="cifar100", imb=100, method="dscl")
-    print(f"\nSaved in {c.out}. To try next: python train.py {flags_text(again)}")
+    out = trainer.config.out
+    print(f"\nSaved in {out}. To try next: python train.py --eval {shlex.quote(out)} --per-class")
 
 
 # --- using what was trained --------------------------------------------------------------------
@@ -558,10 +500,8 @@ def warn_untrained(state):
 
 def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
-    state = ltcl.read_checkpoint(run)
-    check_useful(given, {"dataset", "data", "train_list", "test_list", "workers", "device", "amp"}, "--eval")
-    config = replace(saved_config(state["config"], run), batchnorm="local", compile="off")      # neither matters here
-    trainer = make_trainer(replace(config, **given), state)
+    state, config = saved(run)
+    trainer = make_trainer(replace(config, batchnorm="local", compile="off", **given), state)   # neither matters here
     accuracy = trainer.evaluate()
     warn_untrained(state)
     print_table(f"{run}: {run_title(trainer)}, after {trainer.epoch} of {trainer.epochs} epochs", accuracy, trainer.counts)
@@ -574,8 +514,6 @@ def evaluate(run, given, per_class):
 @torch.inference_mode()
 def predict(run, pictures, given):
     """Print the five likeliest classes of each picture file."""
-    check_useful(given, {"device"}, "--predict")
-    ltcl.require(pictures, "--predict takes a run and the image files: name one or more")
     net, readable = ltcl.load(run, given.get("device", "auto")), 0
     warn_untrained(ltcl.read_checkpoint(run))
     for path in pictures:
@@ -588,7 +526,11 @@ def predict(run, pictures, given):
         readable += 1
         likely, classes = net(x[None].to(net.mean.device))[0].softmax(0).topk(min(5, len(net.class_names)))
         print(f"{path}: " + ", ".join(f"{net.class_names[c]} {100 * p:.1f} %" for p, c in zip(likely, classes)))
-    ltcl.require(readable, f"none of {len(pictures)} files is a readable image")
+    ltcl.require(readable, f"none of {len(pictures)} image files is readable: --predict takes a run and image files")
+
+
+LOSSES = dict(loss="loss", loss_contrast="contrast", loss_pbsd="PBSD", loss_ce="cross-entropy", contrast_weight="contrast weight")
+ACCURACIES = dict(top1="all", many="many", medium="medium", few="few")          # what is drawn, and its label
 
 
 def report(runs):
@@ -602,11 +544,9 @@ def report(runs):
     losses, tops, classes = figure.subplots(3, len(runs), squeeze=False, sharey="row")
     for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
-        log, state = read_log(run), ltcl.read_checkpoint(run)
-        ltcl.require(log, f"{run / 'log.jsonl'} holds no epoch: train the run first")
-        for axes, curves in ((loss, dict(loss="loss", loss_contrast="contrast", loss_pbsd="PBSD", loss_ce="cross-entropy",
-                                         contrast_weight="contrast weight")),
-                             (top, dict(top1="all", many="many", medium="medium", few="few"))):
+        state = ltcl.read_checkpoint(run)
+        ltcl.require(log := state.get("log"), f"{run} holds no epoch: train the run first")
+        for axes, curves in ((loss, LOSSES), (top, ACCURACIES)):
             for name, label in curves.items():          # also those without points: a colour means the same in all runs
                 rows = [r for r in log if r.get(name) is not None]
                 style = dict(color="grey", linestyle="--") if name == "contrast_weight" else {}
@@ -615,21 +555,18 @@ def report(runs):
             axes.set_xlabel("epoch")
         loss.set_title(run.name, parse_math=False)
         top.set_ylim(0, 100)
-        counts, accuracy = torch.tensor(state["counts"]), state["evaluated"].get("by_class")
-        if accuracy:
-            order = counts.argsort(descending=True, stable=True)
-            by_class.bar(range(len(order)), torch.tensor(accuracy)[order].tolist(), width=1, alpha=0.6)
-        by_class.set(xlabel=f"classes, from {counts.max()} training images to {counts.min()}", ylim=(0, 100))
+        counts, accuracy = state["counts"], state["evaluated"].get("by_class", [])
+        bars = [a for _, a in sorted(zip(counts, accuracy), key=lambda pair: -pair[0])]
+        by_class.bar(range(len(bars)), bars, width=1, alpha=0.6)
+        by_class.set(xlabel=f"classes, from {max(counts)} training images to {min(counts)}", ylim=(0, 100))
     for row in (losses, tops):
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row, label in ((losses, "training loss"), (tops, "test accuracy, %"), (classes, "accuracy of the class, %")):
         row[0].set_ylabel(label)
-    content, path = io.BytesIO(), Path(runs[0]) / "report.png"
-    figure.savefig(content, dpi=100)
-    ltcl.write_whole(path, content.getbuffer())
-    print(f"drawn in {path}")
+    figure.savefig(Path(runs[0]) / "report.png", dpi=100)
+    print(f"drawn in {Path(runs[0]) / 'report.png'}")
 
 
 # --- results: a row a run, and tables of them --------------------------------------------------
@@ -639,32 +576,33 @@ COLUMNS = (*KEY, *SCORES, "seconds", "hardware", "commit")      # of a row, a li
 
 
 def settings_text(config):
-    """The flags by which a run's settings differ from the presets."""
-    preset = Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe)
-    others = {"dataset", "imb", "method", "seed", "epochs", "device", "compile", "amp"} | NO_MATTER
+    """The flags by which a run's settings differ from the presets, as they are typed."""
+    preset = replace(Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe), recipe="paper")
+    others = {*KEY, "device", "compile", "amp"} | NO_MATTER
     if config.dataset == "folder":                      # another folder is another data set
         others -= {"data", "train_list", "test_list"}
-    return flags_text({name: value for name, value in asdict(config).items() if name not in others
-                       and (value != getattr(preset, name) or name == "recipe" and value != "paper")})
+    return " ".join(f"{flag(name)} {shlex.quote(f'{value:.12g}' if isinstance(value, float) else str(value))}"
+                    for name, value in asdict(config).items() if name not in others and value != getattr(preset, name))
 
 
 def run_key(config):
     """The columns by which a run's row is found."""
-    return [config.dataset, f"{config.imb:.12g}", config.method, settings_text(config), str(config.seed), str(config.epochs)]
+    return config.dataset, f"{config.imb:.12g}", config.method, settings_text(config), str(config.seed), str(config.epochs)
 
 
 def result_row(trainer, seconds):
     hardware, commit = f"{torch.get_num_threads()} threads", ""
     with contextlib.suppress(OSError, StopIteration):   # Linux alone tells the name of its processor
-        hardware = next(line for line in open("/proc/cpuinfo") if "model name" in line).split(": ")[1].strip() + ", " + hardware
+        line = next(line for line in open("/proc/cpuinfo") if "model name" in line)
+        hardware = f"{line.partition(': ')[2].strip()}, {hardware}"
     if trainer.device.type == "cuda":
         hardware = f"{trainer.ranks} x {torch.cuda.get_device_name()}"
     hardware += f", torch {torch.__version__}, {trainer.net.amp or torch.float32}".replace("torch.", "")
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                         stderr=subprocess.DEVNULL).strip()
+    with contextlib.suppress(OSError):                  # no git
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     accuracy = [trainer.evaluated[name] for name in ("top1", "many", "medium", "few")]
-    return run_key(trainer.config) + ["" if a is None else f"{a:.2f}" for a in accuracy] + [f"{seconds:.0f}", hardware, commit]
+    return [*run_key(trainer.config), *("" if a is None else f"{a:.2f}" for a in accuracy), f"{seconds:.0f}", hardware, commit]
 
 
 def read_results(path):
@@ -675,7 +613,9 @@ def read_results(path):
     try:
         with open(path, newline="") as file:
             head, *rows = list(csv.reader(file)) or [()]
-        [float(score) for row in rows for score in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]       # seconds are a must
+        for row in rows:
+            scores, seconds = row[len(KEY):-3], row[-3:-2]      # a score may be missing, seconds not
+            [float(number) for number in [*filter(None, scores), *seconds]]
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
@@ -684,9 +624,7 @@ def read_results(path):
 
 
 def add_result(path, row):
-    """Append a run's row, unless the file has the run; runs side by side may write into one file."""
-    if row[:len(KEY)] in [other[:len(KEY)] for other in read_results(path)]:
-        return say(f"seed {row[4]}: {path} has it already")
+    """Append a run's row; runs side by side may write into one file."""
     try:
         with contextlib.suppress(FileExistsError), open(path, "x", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(COLUMNS)
@@ -713,18 +651,17 @@ PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", 
 
 def tables(rows):
     """Markdown: a table for each data set and imbalance, and the papers' grid with what of it was run."""
-    groups = {}
-    for row in (dict(zip(COLUMNS, row)) for row in rows):
-        runs = groups.setdefault((row["dataset"], row["imb"]), {})
-        runs.setdefault((row["method"], row["settings"], row["epochs"]), []).append(row)
-    text = []
+    groups, text = {}, []
+    for row in rows:
+        dataset, imb, method, settings, _, epochs, *values = row
+        groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(values)
     for (dataset, imb), runs in groups.items():
         text += [f"**{dataset}, imbalance {imb}**", "",
                  "| method | settings | epochs | top-1 | many | medium | few | seeds | seconds |", "|---" * 9 + "|"]
         for (method, settings, epochs), same in runs.items():
-            cells = [spread([row[name] for row in same]) for name in SCORES]
-            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(cells)} | {len(same)} | "
-                        f"{statistics.mean(float(row['seconds']) for row in same):.0f} |")
+            *scores, seconds, _, _ = zip(*same)         # without hardware and commit
+            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(map(spread, scores))} | {len(same)} | "
+                        f"{statistics.mean(map(float, seconds)):.0f} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
     if not groups.keys() & set(columns):                # own images alone
@@ -733,96 +670,63 @@ def tables(rows):
              "| method | settings | " + " | ".join(f"{dataset}, {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
     for method, settings in PAPER:
         found = [groups.get(column, {}).get((method, settings, "200")) for column in columns]
-        cells = [spread([row["top-1"] for row in same]) if same else "not run" for same in found]
+        cells = [spread([top1 for top1, *_ in same]) if same else "not run" for same in found]
         text.append(f"| {method} | {settings and f'`{settings}`'} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 # --- main --------------------------------------------------------------------------------------
 
-class Lost(Exception):
-    """Another process of the run is gone."""
-
-
-@contextlib.contextmanager
-def processes(config):
-    """Connect with the other processes of the run where torchrun started several; the first one alone prints."""
-    if RANKS == 1:
-        yield
-        return
+def connect(config):
+    """With the other processes of the run, which torchrun has started; the first one alone prints."""
     backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         ltcl.require(local < torch.cuda.device_count(), f"process {local} has no GPU of its own, there are "
                      f"{torch.cuda.device_count()}: lower --nproc_per_node, or take --device cpu")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-        with contextlib.redirect_stdout(io.StringIO()) if RANK else contextlib.nullcontext():
-            yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection" not in str(error):
-            raise
-        raise Lost(f"another process of the run ended, or didn't answer within --timeout {config.timeout:g} s: "
-                   "start all again, with --resume --out and the run's folder") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    if RANK > 0:
+        sys.stdout = io.StringIO()
 
 
-def planned(do, given):
-    """Config, state and folder (None: a new one) of each run that is to be trained."""
-    done = [row[:len(KEY)] for row in read_results(do.results)] if do.results else []
-    if not do.seeds:
-        config, state = resumed(given) if do.resume else (Config.of(**given), None)
-        out = Path(config.out) if config.out else None
-        if not do.resume:
-            ltcl.require(run_key(config) not in done, f"{do.results} has this run already: take another --seed, or another file")
-        if out and not do.resume and RANK == 0:
-            check_folder(out)
-        return [(config, state, out)]
-    runs = []
-    for seed in dict.fromkeys(do.seeds):                # each once
-        config = Config.of(**given | dict(seed=seed))
-        path = config.dataset if config.dataset.endswith(".npz") else ""
-        name = f"{run_name(config)} {config.epochs} epochs {path} {settings_text(config)}"      # other settings, another folder
-        out = f"{Path(given['out'])}-seed{seed}" if given.get("out") else "runs/" + re.sub(r"[^\w.]+", "-", name)[:200].strip("-")
-        if run_key(config) in done:
-            say(f"seed {seed}: {do.results} has it already")
-        else:
-            runs.append((*resumed(asdict(replace(config, out=out))), Path(out)))
-    return runs
+def of_each_seed(given, seeds):
+    """The settings of a run a seed, each in a folder of its own, which the same command finds again."""
+    config = Config.of(**given)
+    out = Path(config.out or f"runs/{run_name(config)}-{zlib.crc32(repr(run_key(config)).encode()):08x}")
+    return [asdict(replace(config, seed=seed, out=f"{out}-seed{seed}")) for seed in dict.fromkeys(seeds)]
 
 
 def train_all(do, given):
-    runs = planned(do, given)
-    with processes(runs[0][0] if runs else Config.of(**given)):
-        rows = []
-        for config, state, out in runs:
+    done = {tuple(row[:len(KEY)]): row for row in read_results(do.results)} if do.results else {}
+    runs = [opened(settings, do.resume or do.seeds) for settings in (of_each_seed(given, do.seeds) if do.seeds else [given])]
+    if RANKS > 1:
+        connect(runs[0][0])
+    rows = []
+    for config, state in runs:
+        row = done.get(run_key(config))
+        if row:
+            say(f"seed {config.seed}: {do.results} has it already")
+        else:
             with contextlib.redirect_stdout(io.StringIO()) if do.quiet else contextlib.nullcontext():
-                run = Run(config, out, state)
+                run = Run(config, state)
                 run.train()
-            seconds = sum(r["seconds"] for r in run.records)
-            print_result(run.trainer, seconds)
-            rows.append(result_row(run.trainer, seconds))
+            print_result(run.trainer, run.seconds())
+            row = result_row(run.trainer, run.seconds())
             if do.results and RANK == 0:
-                add_result(do.results, rows[-1])
-            if run.number and len(rows) < len(runs):
-                raise Stopped(run.number, run.out)
-        if do.seeds and do.results and RANK == 0:               # with those that the file had
-            keys = [run_key(Config.of(**given | dict(seed=seed))) for seed in do.seeds]
-            rows = [row for row in read_results(do.results) if row[:len(KEY)] in keys]
-        if len(rows) > 1:
-            scores = dict(zip(COLUMNS, zip(*rows)))             # the values of each column
-            print(f"\nseeds {', '.join(scores['seed'])}: mean ± standard deviation of "
-                  + ", ".join(f"{name} {spread(scores[name])}" for name in SCORES))
+                add_result(do.results, row)
+        rows.append(row)
+    if len(rows) > 1:
+        columns = dict(zip(COLUMNS, zip(*rows)))
+        print(f"\nseeds {', '.join(columns['seed'])}: mean ± standard deviation of "
+              + ", ".join(f"{name} {spread(columns[name])}" for name in SCORES))
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 def main(argv=None):
     try:
         do, given = read_arguments(argv)
-        ltcl.require(RANKS == 1 or not (do.eval or do.predict or do.report or do.tables),
-                     "--eval, --predict, --report and --tables take one process: leave torchrun out")
         if do.eval:
             evaluate(do.eval, given, do.per_class)
         elif do.predict:
@@ -830,7 +734,7 @@ def main(argv=None):
         elif do.report:
             report(do.report)
         elif do.tables:
-            ltcl.require(Path(do.tables).is_file(), f"{do.tables} does not exist: name a file of --results")
+            ltcl.require(do.tables.is_file(), f"{do.tables} does not exist: name a file of --results")
             print(tables(read_results(do.tables)))
         else:
             train_all(do, given)
@@ -838,15 +742,13 @@ def main(argv=None):
     except Stopped as stopped:
         number, out = stopped.args
         program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
-        command = f"{program} train.py --resume --out {shlex.quote(str(out))}"
-        command += f" --results {shlex.quote(do.results)}" if do.results else ""
+        command = f"{program} train.py --resume --out {shlex.quote(out)}"
+        command += f" --results {shlex.quote(str(do.results))}" if do.results else ""
         live("")
         say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else command))
         return 128 + number
     except KeyboardInterrupt:
         message, status = "stopped", 130
-    except Lost as lost:
-        message, status = f"error: {lost}", 1
     except (ltcl.InputError, OSError, RuntimeError) as error:
         text, status = str(error), 2
         if "DataLoader worker" in text:
@@ -854,6 +756,9 @@ def main(argv=None):
                        "is memory or shared memory short? take fewer --workers, or 0")
         elif not isinstance(error, RuntimeError):
             message = f"error: {text}"
+        elif RANKS > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text):
+            status, message = 1, ("error: another process of the run ended, or didn't answer within --timeout: "
+                                  "start all again, with --resume --out and the run's folder")
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
             message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
         elif "allocate" in text or "out of memory" in text:                             # torch's words
