@@ -481,7 +481,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
         empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
         blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
-        blocks += [F.linear(q / tau, *part) for part in zip(queue.split(8192), empty.split(8192))]     # [N,8192] each
+        blocks += [F.linear(q / tau, queue[i:i + 8192], empty[i:i + 8192]) for i in range(0, len(queue), 8192)]
         candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N]
         return (candidates - share * s_augmentation - (1 - share) * s_class).mean()
 
@@ -647,7 +647,7 @@ class Trainer:
         c, amp = self.config, pick_amp(self.config.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.manual_seed(c.seed)
-            net = Hybrid(c.net, len(self.counts), mean, std, c.experts, c.logits == "cosine", amp=amp)
+            net = Hybrid(c.net, len(self.counts), mean, std, c.experts, c.logits == "cosine", c.dim, c.hidden, amp)
         if c.batchnorm == "sync":
             require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -1239,7 +1239,8 @@ def load(run, device="auto"):
     state = read_checkpoint(run)
     try:
         c = state["config"]
-        net = Hybrid(c["net"], len(state["counts"]), torch.zeros(3), torch.ones(3), c["experts"], c["logits"] == "cosine")
+        net = Hybrid(c["net"], len(state["counts"]), torch.zeros(3), torch.ones(3), c["experts"], c["logits"] == "cosine",
+                     c["dim"], c["hidden"])
         net.load_state_dict(state["averaged"] or state["net"])
         net.class_names, net.counts, net.stored, net.size = (state[key] for key in ("class_names", "counts", "stored", "size"))
     except Exception as error:  # another version's

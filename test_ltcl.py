@@ -432,9 +432,10 @@ def test_hold_out():
 
 
 def test_averaged_weights_are_evaluated_saved_and_loaded(tiny, tmp_path):
-    assert train.main([*tiny, "--average", "0.5", "--logits", "cosine", "--out", str(tmp_path / "run")]) == 0
+    assert train.main([*tiny, "--average", "0.5", "--logits", "cosine", "--hidden", "48", "--dim", "24", "--out", str(tmp_path / "run")]) == 0
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     net, weight = ltcl.load(tmp_path / "run", "cpu"), "experts.0.classifier.weight"
+    assert net.experts[0].head[3].weight.shape == (24, 48)
     assert torch.equal(net.state_dict()[weight], state["averaged"][weight]) and not torch.equal(state["net"][weight], state["averaged"][weight])
     x = torch.rand(2, 3, 8, 8)
     assert net(x).abs().max() <= 30 and not any("classifier.bias" in key for key in state["net"])
@@ -807,7 +808,7 @@ def test_experts_share_the_early_stages_and_average_their_logits():
     assert all(not torch.equal(a, e.last[0].conv1.weight) for a, e in zip(start, trainer.net.experts))
 
 
-@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30), dict(ema=0.5), dict(aug="resized"),
+@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30, hidden=48, dim=24), dict(ema=0.5), dict(aug="resized"),
                                       dict(method="ce", curriculum="two-stage", stage2_epochs=1),
                                       dict(method="psc", experts=2), dict(curriculum="two-stage", stage2_epochs=1)])
 def test_combinations_train(settings):
@@ -1710,6 +1711,8 @@ def refused(capsys, folder, argv, *words):
     (["--method", "sc", "--queue", "8"], ["--queue", "--method sc"]),
     (["--ema", "1.1"], ["--ema"]),
     (["--pbsd", "-1"], ["--pbsd"]),
+    (["--dim", "1"], ["--dim", "2 or more"]),
+    (["--method", "ce", "--hidden", "64"], ["--hidden", "--method ce"]),
     (["--experts", "0"], ["--experts"]),
     (["--experts", "100000"], ["--experts", "100 or less"]),
     (["--seed", "99999999999999999999999"], ["--seed"]),

@@ -70,6 +70,8 @@ class Config:
     workers: int = setting(min(4, os.cpu_count() or 1), "processes that read image files", low=0)
     out: str = setting("", "folder of the run; empty: a new one under runs/")
     net: str = setting("resnet32", "backbone", ltcl.NETS)
+    hidden: int = setting(512, "width of the projection head's hidden layer", low=1, high=65536)
+    dim: int = setting(128, "dimensions of the embeddings", low=2, high=65536)
     epochs: int = setting(200, "passes over the training set", low=1)
     batch_size: int = setting(512, "images a step, in each branch", low=1)
     lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
@@ -142,7 +144,7 @@ class Config:
         config, patches = cls(**preset | given), {"patches", "patch_size", "box_scale"}
         two_stage = "two-stage" in (config.curriculum, preset.get("curriculum"))
         for idle, names, action in (
-                (method == "ce", {"tau", "pbsd"} | patches, f"--method {method}"),
+                (method == "ce", {"tau", "pbsd", "hidden", "dim"} | patches, f"--method {method}"),
                 (method == "ce" and not two_stage, {"curriculum"}, f"--method {method}"),
                 (method != "dscl", {"alpha", "ema", "queue"}, f"--method {method}"),
                 (not config.pbsd, patches, "--pbsd 0"),
