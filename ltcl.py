@@ -1188,7 +1188,7 @@ def pick_device(name):
         probe.cpu()                                     # meta tensors have no values
         return probe.device
     except Exception as error:  # torch raises all kinds
-        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}): try --device cpu") from None
+        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]:.100}): try --device cpu") from None
 
 
 def pick_amp(name, device):

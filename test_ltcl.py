@@ -1551,7 +1551,7 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert rows[0][1:4] == ["1", "sc", "--net resnet8 --batch-size 8 --lr 0.05"]
     last = json.loads((tmp_path / "run-seed1" / "log.jsonl").read_text().splitlines()[-1])
     assert rows[1][6] == f"{last['top1']:.2f}" and rows[1][7] == "" and rows[1][9] == f"{last['few']:.2f}"
-    assert "threads" in rows[0][11] and rows[0][11].endswith(f"torch {torch.__version__}, float32")
+    assert f"{torch.get_num_threads()} thread" in rows[0][11] and rows[0][11].endswith(f"torch {torch.__version__}, float32")
     assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0           # nothing left to do
     assert train.main(["--resume", "--out", str(tmp_path / "run-seed1"), "--quiet", "--results", str(results)]) == 0
     assert train.read_results(results) == rows          # a run has one row

@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import zlib
@@ -304,9 +305,12 @@ def asked_to_stop(met):
 
 # --- a run and its files -----------------------------------------------------------------------
 
+def data_name(config):
+    return Path(config.data).resolve().name if config.dataset == "folder" else Path(config.dataset).stem
+
+
 def run_name(config):
-    data = Path(config.data).resolve().name if config.dataset == "folder" else Path(config.dataset).stem
-    return f"{data}-imb{config.imb:g}-{config.method}-{config.net}"
+    return f"{data_name(config)}-imb{config.imb:g}-{config.method}-{config.net}"
 
 
 def make_folder(config):
@@ -385,7 +389,7 @@ class Run:
     """A trainer and its folder: config.json, views.png, log.jsonl (an object an epoch) and last.pt. state: what that held."""
 
     def __init__(self, config, state):
-        print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
+        print(textwrap.fill(" ".join(f"{name}={value}" for name, value in asdict(config).items()), 120))
         t = self.trainer = make_trainer(config, state)
         self.log = state["log"] if state else []        # an object an epoch
         self.shown = time.time()
@@ -482,7 +486,7 @@ def print_table(title, accuracy, counts):
 def run_title(trainer):
     """With the imbalance that the training images have, thinned or not."""
     c, n = trainer.config, trainer.counts
-    return f"{c.method} on {c.dataset}, imbalance {n.max() / n.min():.4g}, {c.net}, seed {c.seed}"
+    return f"{c.method} on {data_name(c)}, imbalance {n.max() / n.min():.4g}, {c.net}, seed {c.seed}"
 
 
 def print_result(trainer, seconds):
@@ -593,7 +597,8 @@ def run_key(config):
 
 
 def result_row(trainer, seconds):
-    hardware, commit = f"{torch.get_num_threads()} threads", ""
+    threads, commit = torch.get_num_threads(), ""
+    hardware = f"{threads} thread" + ("s" if threads > 1 else "")
     with contextlib.suppress(OSError, StopIteration):   # Linux alone tells the name of its processor
         line = next(line for line in open("/proc/cpuinfo") if "model name" in line)
         hardware = f"{line.partition(': ')[2].strip()}, {hardware}"
@@ -696,12 +701,16 @@ def of_each_seed(given, seeds):
     """The settings of a run a seed, each in a folder of its own, which the same command finds again."""
     config = Config.of(**given)
     out = Path(config.out or f"runs/{run_name(config)}-{zlib.crc32(repr(run_key(config)).encode()):08x}")
-    return [asdict(replace(config, seed=seed, out=f"{out}-seed{seed}")) for seed in dict.fromkeys(seeds)]
+    return [replace(config, seed=seed, out=f"{out}-seed{seed}") for seed in dict.fromkeys(seeds)]
 
 
 def train_all(do, given):
     done = {tuple(row[:len(KEY)]): row for row in read_results(do.results)} if do.results else {}
-    runs = [opened(settings, do.resume or do.seeds) for settings in (of_each_seed(given, do.seeds) if do.seeds else [given])]
+    if do.seeds:
+        configs = of_each_seed(given, do.seeds)
+        runs = [(c, None) if run_key(c) in done else opened(asdict(c), True) for c in configs]
+    else:
+        runs = [opened(given, do.resume)]
     if RANKS > 1:
         connect(runs[0][0])
     rows = []
@@ -750,7 +759,7 @@ def main(argv=None):
         say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else command))
         return 128 + number
     except KeyboardInterrupt:
-        message, status = "stopped", 130
+        message, status = "stopped where no training was under way", 130
     except (ltcl.InputError, OSError, RuntimeError) as error:
         text, status = str(error), 2
         if "DataLoader worker" in text:
