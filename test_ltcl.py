@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -845,6 +846,20 @@ def test_evaluation_now_and_then(tiny, tmp_path):
 def test_mixed_precision_on_the_cpu(tiny, tmp_path):
     for amp in ("bf16", "fp16"):
         assert train.main([*tiny, "--amp", amp, "--out", str(tmp_path / amp)]) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept(tmp_path):
+    script = ("import resource, torch, train\n"
+              "def faults():\n"
+              "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+              "    for _ in range(5): torch.ones(2 ** 25)\n"           # 128 MiB
+              "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+              "anew = faults(), train.keep_memory(), faults()\n"
+              "print(anew[0], faults())")
+    run = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    anew, kept = map(int, run.stdout.split())
+    assert kept < anew / 10, (anew, kept)
 
 
 def test_the_command_line_itself(tiny, tmp_path):
