@@ -1763,6 +1763,21 @@ def test_too_little_memory(tiny, tmp_path, capsys):
     assert train.main([*tiny, "--queue", "100000000000000", "--out", str(tmp_path / "run")]) == 2
     *_, last = capsys.readouterr().err.splitlines()     # after the warning that so many keys are too many
     assert "too little memory" in last and "--queue" in last and not (tmp_path / "run").exists()
+    assert train.main([*tiny, "--queue", str(10 ** 15), "--dim", "65536", "--out", str(tmp_path / "run")]) == 2
+    assert "too little memory" in capsys.readouterr().err
+
+
+def test_what_failed_in_its_first_step_begins_anew_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
+    def too_large(self, *_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    argv = [*tiny, "--method", "ce", "--seeds", "0", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(ltcl.Trainer, "step", too_large)
+        assert train.main(argv) == 2
+    assert "smaller --batch-size" in capsys.readouterr().err
+    assert train.main([*argv, "--batch-size", "4"]) == 0
+    assert json.loads((tmp_path / "run-seed0" / "config.json").read_text())["batch_size"] == 4
 
 
 def test_compiling_without_a_compiler(tiny, tmp_path, monkeypatch, capsys):
@@ -1824,6 +1839,9 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
     assert (out / "log.jsonl").read_bytes() == kept
     refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz"], "--out", "cannot be made")
     refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz" / "run"], "--out", "cannot be made")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "theirs"], "already holds a run")     # or what may be one
 
 
 def test_a_loss_that_turns_nan(tiny, tmp_path, capsys, monkeypatch):

@@ -246,7 +246,7 @@ def opened(given, go_on):
     """The settings of a run and its saved state, None for a new one. With go_on, where --out holds a run, it is that
     one with what is given anew. Raises InputError for a setting that would make it another run."""
     out = given.get("out", "")
-    held = [name for name in ("last.pt", "log.jsonl") if out and Path(out, name).exists()]
+    held = [name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()]
     ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
     if "last.pt" not in held:
         ltcl.require(not go_on or out and len(given) > 1, f"--resume: --out {out!r} holds no run: name the folder of one, or of a "
@@ -255,6 +255,8 @@ def opened(given, go_on):
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
     new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
+    if not began:                                       # saved at its start alone: other settings lose nothing
+        return new, None
     for name in given:
         a, b = getattr(old, name), getattr(new, name)
         moved = name == "dataset" and a.endswith(".npz") and b.endswith(".npz")         # the fingerprint knows the images
@@ -396,10 +398,11 @@ class Run:
         if RANK == 0:
             self.out = make_folder(config)
             config.out = str(self.out)
-            ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
             if not state:
                 save_views(t, self.out / "views.png")
         self.save()                                     # also of a new run: whatever happens, it can be gone on with
+        if RANK == 0:                                   # after last.pt: a folder with it alone is not ours
+            ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
               f"{len(t.y_test)} test images; on {t.device}; into {config.out}", flush=True)
         if config.imb > 1 and (t.counts.diff() > 0).any():
@@ -551,7 +554,8 @@ def report(runs):
     for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
         state = ltcl.read_checkpoint(run)
-        ltcl.require(log := state.get("log"), f"{run} holds no epoch: train the run first")
+        ltcl.require("log" in state, f"{run} is a run of an older version, without its log: draw it with that version")
+        ltcl.require(log := state["log"], f"{run} holds no epoch: train the run first")
         for axes, curves in ((loss, LOSSES), (top, ACCURACIES)):
             for name, label in curves.items():          # also those without points: a colour means the same in all runs
                 rows = [r for r in log if r.get(name) is not None]
@@ -772,7 +776,7 @@ def main(argv=None):
                                   "start all again, with --resume --out and the run's folder")
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
             message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
-        elif "allocate" in text or "out of memory" in text:                             # torch's words
+        elif "allocate" in text or "out of memory" in text or "calculation overflowed" in text:     # torch's words
             message = "error: too little memory: take a smaller --batch-size or --queue"
         else:
             raise
