@@ -1223,7 +1223,8 @@ def read_checkpoint(run):
     require(path.is_file(), f"{path} does not exist: give the folder of a run, or its last.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
-        known = state.keys() >= {"config", "fingerprint", "stored", "class_names", "counts", "epoch", "history", "evaluated", "ranks"}
+        known = state.keys() >= {"config", "fingerprint", "stored", "class_names", "counts", "epoch", "history", "evaluated",
+                                 "ranks"}
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
     require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")

@@ -364,7 +364,7 @@ SAVE_SECONDS = 600                                      # an epoch that takes lo
 
 def keep_memory():
     """Large tensors that are freed stay with the process. glibc hands them back to the system, and to get new pages
-    for the next ones takes half of a CPU's step at batch 512 (other C libraries: nothing happens)."""
+    for the next ones takes a fifth to a third of a CPU's step at batch 512 (other C libraries: nothing happens)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4       # malloc.h's numbers
         mallopt(trim_threshold, -1)
