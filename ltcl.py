@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -1200,7 +1201,7 @@ def pick_amp(name, device):
 
 @contextlib.contextmanager
 def signals_blocked():
-    """SIGINT and SIGTERM wait for the end, and never reach processes forked within."""
+    """SIGINT and SIGTERM wait for the end; processes forked within begin with them blocked."""
     if not hasattr(signal, "pthread_sigmask"):          # Windows
         yield
         return
@@ -1211,10 +1212,15 @@ def signals_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_signals_to_the_trainer(_):
-    """For a loader's worker: a signal to the whole group reaches it too, but it must live until the step is finished."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_signals_to_the_trainer(_, seconds=30):
+    """For a loader's worker: a signal to the whole group reaches it too, but it must live until the step is finished.
+    So SIGTERM ends it some seconds later; at its program's exit multiprocessing sends one and waits."""
+    last = threading.Timer(seconds, os._exit, [0])
+    last.daemon = True                                  # it may end before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: last.is_alive() or last.start())
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # its start was in signals_blocked()
 
 
 def read_checkpoint(run):

@@ -996,6 +996,14 @@ def test_a_failing_worker_and_odd_names(tmp_path, capsys):
                          text=True, timeout=120)
     last = run.stderr.splitlines()[-1]
     assert run.returncode == 2 and "no space left" in last and last.startswith("error: a process that reads images failed")
+    script = ("import functools, torch, ltcl\nfrom train import Config\nlast = functools.partial(ltcl.leave_signals_to_the_trainer, seconds=1)\n"
+              "ltcl.leave_signals_to_the_trainer = last\nread = ltcl.ImageFiles.__getitem__\n"
+              "def fail(files, i):\n    if torch.utils.data.get_worker_info().id == 0:\n        raise OSError('broken')\n    return read(files, i)\n"
+              "config = Config.of(dataset='folder', method='ce', net='resnet8', batch_size=4, size=32, workers=2)\n"
+              f"data = ltcl.load_dataset('folder', {str(root)!r}, size=32)\n"
+              "trainer = ltcl.Trainer(config, data)\nltcl.ImageFiles.__getitem__ = fail\ntrainer.train_epoch()")
+    run = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, timeout=120)     # it ends
+    assert run.returncode == 1 and "OSError: broken" in run.stderr, run.stderr
 
 
 def test_list_files(tmp_path, capsys):
@@ -1837,7 +1845,7 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
     kept = (out / "log.jsonl").read_bytes()
     refused(capsys, tmp_path, [*tiny, "--out", out], str(out), "already holds a run")
     assert (out / "log.jsonl").read_bytes() == kept
-    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz"], "--out", "cannot be made")
+    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz"], "--out", "is a file")
     refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz" / "run"], "--out", "cannot be made")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("{}")

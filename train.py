@@ -246,6 +246,7 @@ def opened(given, go_on):
     """The settings of a run and its saved state, None for a new one. With go_on, where --out holds a run, it is that
     one with what is given anew. Raises InputError for a setting that would make it another run."""
     out = given.get("out", "")
+    ltcl.require(not os.path.isfile(out), f"--out {out} is a file: name a folder")
     held = [name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()]
     ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
     if "last.pt" not in held:
@@ -795,4 +796,4 @@ if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):          # of a reader that has enough, as head
         sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)    # an ordinary exit is aborted by threads that wait for a lost process, and waits for workers, who ignore signals
+    os._exit(status)    # an ordinary exit is aborted by threads that wait for a lost process, and waits for the loader's workers
