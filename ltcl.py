@@ -916,7 +916,7 @@ class Trainer:
 FILE_SETS = "folder", "imagenet_lt", "inat18"
 
 
-def load_dataset(name, root="data", train_list="", test_list="", size=224):
+def load_dataset(name, root="data", train_list="", test_list="", size=224, holdout=0):
     """A Dataset by name. Raises InputError for whatever cannot be read or used.
 
     shapes: drawn here.  cifar10, cifar100: read from root/<name>.npz; where that is missing,
@@ -924,12 +924,13 @@ def load_dataset(name, root="data", train_list="", test_list="", size=224):
     y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
     folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
     files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
-    Files are read in training, for views of size x size pixels.
+    Files are read in training, for views of size x size pixels. With a holdout, of which hold_out() will make
+    the test set, root/val may be missing: the training images take its place.
     """
     if name == "shapes":
         return draw_shapes()
     if name in FILE_SETS:
-        return load_files(Path(root), train_list, test_list, size)
+        return load_files(Path(root), train_list, test_list, size, holdout)
     if name.endswith(".npz"):
         return read_npz(Path(name))
     require(name in ("cifar10", "cifar100"), f"unknown data set {name!r}: choose shapes, "
@@ -1051,15 +1052,16 @@ def read_list(path, root):
     return rows
 
 
-def load_files(root, train_list, test_list, size):
+def load_files(root, train_list, test_list, size, holdout):
     """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
     if train_list or test_list:
         rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
     else:
-        held_out = root / ("test" if (root / "test").is_dir() and not (root / "val").is_dir() else "val")
+        there = [root / name for name in ("val", "test") if (root / name).is_dir()]
+        held_out = (there or [root / ("train" if holdout else "val")])[0]
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
-                    "and val/<class>/* (or test)")
+                    "and val/<class>/* (or test); --holdout 0.2 makes a test set of the training images")
         try:
             train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
         except FileNotFoundError as error:              # an empty class folder

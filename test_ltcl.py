@@ -1006,6 +1006,17 @@ def test_a_failing_worker_and_odd_names(tmp_path, capsys):
     assert run.returncode == 1 and "OSError: broken" in run.stderr, run.stderr
 
 
+@pytest.mark.parametrize("size", [(32, 32), (80, 70)])
+def test_a_folder_without_test_images(size, tmp_path, capsys):
+    root = write_tree(tmp_path / "data", n=(20, 10), size=size, modes=("RGB",))
+    shutil.rmtree(root / "val")
+    argv = [*FOLDER, "--method", "ce", "--data", str(root), "--net", "resnet8", "--size", "32", "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 2 and "--holdout" in capsys.readouterr().err
+    assert train.main([*argv, "--holdout", "0.3"]) == 0
+    assert "21 training images in 2 classes of 14 to 7, 9 test images" in capsys.readouterr().out
+    assert train.main(["--eval", str(tmp_path / "run")]) == 0
+
+
 def test_list_files(tmp_path, capsys):
     root = write_tree(tmp_path / "images", n=(100, 50), size=(32, 32), modes=("RGB",))
     for part in ("train", "val"):

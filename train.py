@@ -96,7 +96,7 @@ class Config:
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
-    holdout: float = setting(0.0, "share of each training class that takes the test set's place, to choose settings by",
+    holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or where there is none",
                              low=0, high=0.9)
     recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
@@ -378,7 +378,7 @@ def make_trainer(config, state=None):
         keep_memory()
     if RANK > 0:                                        # the first process may have to download
         dist.all_reduce(torch.zeros(1))
-    data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.size)
+    data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.size, config.holdout)
     if RANK == 0 and RANKS > 1:
         dist.all_reduce(torch.zeros(1))
     torch.backends.cudnn.benchmark = True               # a run's batches are all of one shape
