@@ -100,7 +100,7 @@ def hold_out(data, share):
     """The data with a share of each training class as its test set: to choose settings by, so that the real
     test set stays unseen. Raises InputError where a class has too few images."""
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
-    counts = np.ceil(share * sizes).astype(int)                                 # [C]
+    counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 of 100 are 7
     require((counts < sizes).all(), f"--holdout {share:g} leaves class {(counts >= sizes).argmax()} no training image: "
             "it needs two or more of each class")
     test = draw_of_each_class(y.numpy(), counts)
@@ -443,8 +443,8 @@ def psc_loss(z, y, prototypes, tau=0.1):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         p = F.normalize(prototypes.to(z.dtype), dim=1)                             # [C,D]
         s = z @ p.T / tau                                                          # [B,C]
-        others = s.scatter(1, y[:, None], torch.finfo(z.dtype).min)                # [B,C]
-        return (others.logsumexp(1) - s.gather(1, y[:, None])[:, 0]).mean()
+        others = s.scatter(1, y[:, None].long(), torch.finfo(z.dtype).min)         # [B,C]
+        return (others.logsumexp(1) - s.gather(1, y[:, None].long())[:, 0]).mean()
 
 
 def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
@@ -615,6 +615,9 @@ class Trainer:
     def take_data(self, data):
         """The training images, thinned to a long tail, and the test images."""
         c, files = self.config, isinstance(data.x_train, ImageFiles)
+        require(data.y_train.dtype == data.y_test.dtype == torch.int64 and (files or data.x_train.dtype == data.x_test.dtype == torch.uint8),
+                "the data are of a wrong type: labels are int64, images uint8 [N,3,H,W]")
+        self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
@@ -625,7 +628,7 @@ class Trainer:
         self.fingerprint = fingerprint(x, y)            # by which load_state_dict() knows them again
         self.x, self.x_test = (x, data.x_test) if files else (x.to(self.device), data.x_test.to(self.device))
         self.y, self.y_test = y.to(self.device), data.y_test
-        self.class_names, self.counts = data.class_names, torch.bincount(y)                     # C, [C]
+        self.counts = torch.bincount(y)                                                         # [C]
         self.class_size = self.counts.to(self.device)                                           # [C]
 
     def look_at_data(self):
@@ -647,7 +650,7 @@ class Trainer:
         """The network with its slow copies, the queue and the optimisers."""
         c, amp = self.config, pick_amp(self.config.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
-            torch.manual_seed(c.seed)
+            torch.default_generator.manual_seed(c.seed)         # torch.manual_seed would reach the GPU's, too
             net = Hybrid(c.net, len(self.counts), mean, std, c.experts, c.logits == "cosine", c.dim, c.hidden, amp)
         if c.batchnorm == "sync":
             require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
@@ -666,14 +669,14 @@ class Trainer:
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        self.forward = self.losses
+        self.parallel = None
         for e in net.experts:                           # or DistributedDataParallel waits for their gradients
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
         if self.ranks > 1:
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
-            self.forward = nn.parallel.DistributedDataParallel(     # each stage leaves weights without a gradient
+            self.parallel = nn.parallel.DistributedDataParallel(    # each stage leaves weights without a gradient
                 hybrid, find_unused_parameters=c.curriculum == "two-stage")
 
     def images(self, x, plan):
@@ -796,16 +799,17 @@ class Trainer:
 
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
-        for the device, but where fp16 needs a loss scale."""
+        for the device, but where fp16 needs a loss scale, or BatchNorm those of other processes."""
         # either N rows for both branches or N for each: the contrastive ones come first, the classifier's last
-        parts, keys = self.forward(x[:N], y[:N], x[-N:], y[-N:])
+        parts, keys = (self.parallel or self.losses)(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
         self.scaler.scale(parts["loss"]).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
-        for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, self.config.average)):
+        t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)     # steps done: a young average forgets
+        for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, min(self.config.average, (1 + t) / (10 + t)))):
             if slow:
                 self.follow(slow, decay)
         return {name: part.detach() for name, part in parts.items()}
@@ -867,6 +871,7 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
+        training = self.net.training                    # in the middle of an epoch
         net = self.averaged or self.net.eval()
         plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
         predicted = torch.full((len(self.y_test),), -1, device=self.device)     # [M] -1: another process's, or can't be read
@@ -875,6 +880,7 @@ class Trainer:
             predicted[asked] = torch.where(rows == asked, classes, -1)
         if self.ranks > 1:
             dist.all_reduce(predicted, dist.ReduceOp.MAX)
+        self.net.train(training)
         predicted = predicted.cpu()
         known = predicted >= 0                                                  # [M]
         self.evaluated = accuracy(predicted[known], self.y_test[known], self.counts)
@@ -882,7 +888,8 @@ class Trainer:
 
     def state_dict(self):
         """All that the rest of the run follows from, and all that load() needs; plain values and tensors
-        alone, loads with weights_only=True. Random states are not among it: see reseed."""
+        alone, loads with weights_only=True. The tensors are those that training changes: copy.deepcopy keeps
+        a state. Random states are not among it: see reseed."""
         return dict(net=self.net.state_dict(), key_encoder=self.key_encoder and self.key_encoder.state_dict(),
                     averaged=self.averaged and self.averaged.state_dict(),
                     queue=self.queue, queue_y=self.queue_y,
@@ -900,8 +907,9 @@ class Trainer:
             saved = [state[name] for name in ("net", "key_encoder", "averaged", "scaler")] + state["optimizers"]
             for part, its in zip((self.net, self.key_encoder, self.averaged, self.scaler, *self.optimizers), saved):
                 if part and (its or part is not self.scaler):       # a scaler that was off has no state
-                    part.load_state_dict(its)
-            self.queue, self.queue_y = state["queue"].to(self.device), state["queue_y"].to(self.device)
+                    part.load_state_dict(copy.deepcopy(its))    # optimisers would keep its tensors
+            self.queue.copy_(state["queue"])
+            self.queue_y.copy_(state["queue_y"])
             for name in ("epoch", "evaluated", "elapsed"):
                 setattr(self, name, state[name])
             self.history = [parts.to(self.device) for parts in state["history"]]
@@ -1179,7 +1187,7 @@ def draw_shapes(n_train=300, n_test=50, seed=0):
 def fingerprint(x, y):
     """A number that tells training images x and labels y [N] from others; of image files their names count."""
     names = "/".join(Path(path).name for path in x.paths) if isinstance(x, ImageFiles) else ""
-    return zlib.crc32(y.numpy(), zlib.crc32(names.encode(errors="surrogateescape") if names else x.numpy()))
+    return zlib.crc32(y.numpy(), zlib.crc32(names.encode(errors="surrogateescape") if names else x.contiguous().numpy()))
 
 
 def pick_device(name):

@@ -1,7 +1,9 @@
 """Tests: python -m pytest -q.  Benchmark: python test_ltcl.py"""
 
 import csv
+import dataclasses
 import errno
+import gc
 import importlib.util
 import inspect
 import io
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from pathlib import Path
 
@@ -428,6 +431,7 @@ def test_hold_out():
         assert torch.equal(x[:, 0, 0, 0].long() // 40, y)
     trainer = ltcl.Trainer(train.Config.of(dataset="t.npz", imb=4, holdout=0.1, net="resnet8", batch_size=8, device="cpu"), data)
     assert trainer.counts.tolist() == [36, 18, 9] and len(trainer.y_test) == 12
+    assert len(ltcl.hold_out(tiny_data(n=(100, 100)), 0.07).y_test) == 14       # 0.07 * 100 is above 7 in floats
     with pytest.raises(ltcl.InputError, match="--holdout 0.1 leaves class 2"):
         ltcl.hold_out(tiny_data(n=(12, 6, 1)), 0.1)
 
@@ -919,6 +923,66 @@ def test_a_size_given_once_is_refused(tmp_path):
     data = ltcl.load_dataset("folder", write_tree(tmp_path), size=64)
     with pytest.raises(ltcl.InputError, match="give load_dataset the same size"):
         ltcl.Trainer(train.Config.of(dataset="folder", batch_size=4, device="cpu"), data)
+
+
+def weights(trainer):
+    return torch.cat([t.flatten() for t in trainer.net.state_dict().values()])
+
+
+def test_trainers_of_one_state_share_nothing():
+    settings = dict(method="dscl", pbsd=0, queue=8, epochs=3)
+    alone, first, second = (tiny_trainer(**settings) for _ in range(3))
+    alone.train_epoch()
+    first.train_epoch()
+    second.load_state_dict(first.state_dict())
+    for trainer in (alone, first, second, first, second, alone):
+        trainer.train_epoch()
+    assert torch.equal(weights(first), weights(alone)) and torch.equal(weights(second), weights(alone))
+    with pytest.raises(ltcl.InputError, match="doesn't fit"):
+        tiny_trainer(method="dscl", pbsd=0, epochs=3).load_state_dict(first.state_dict())       # has no queue
+
+
+def test_an_evaluation_within_an_epoch_changes_nothing():
+    plain, curious = tiny_trainer(method="sc"), tiny_trainer(method="sc")
+    plain.train_epoch()
+    curious.train_epoch(lambda step, steps: curious.evaluate())
+    assert torch.equal(weights(plain), weights(curious))
+
+
+def test_a_trainer_goes_with_its_name():
+    gc.disable()
+    try:
+        trainer = tiny_trainer(method="sc", average=0.9)
+        trainer.train_epoch()
+        seen = weakref.ref(trainer.net)
+        del trainer
+        assert seen() is None                           # no cycle that keeps images and networks on the device
+    finally:
+        gc.enable()
+
+
+def test_a_young_average_forgets_the_first_weights():
+    trainer = tiny_trainer(method="ce", average=0.999)
+    start = weights(trainer)
+    trainer.train_epoch()
+    average = torch.cat([t.flatten() for t in trainer.averaged.state_dict().values()])
+    assert (average - weights(trainer)).norm() < 0.3 * (start - weights(trainer)).norm()
+
+
+def test_data_of_ones_own(monkeypatch, tmp_path):
+    config = train.Config.of(dataset="tiny.npz", net="resnet8", batch_size=8, method="ce", epochs=1, device="cpu")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the caller's CUDA stream"))
+    data = tiny_data()
+    data.x_train = data.x_train.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)        # NHWC in memory
+    data.class_names = np.array(data.class_names)
+    trainer = ltcl.Trainer(config, data)
+    trainer.train_epoch()
+    torch.save(trainer.state_dict(), tmp_path / "a.pt")
+    assert ltcl.load(tmp_path / "a.pt", "cpu").class_names == ["a", "b", "c"]
+    for change in (dict(x_train=data.x_train / 255), dict(y_train=data.y_train.int()), dict(y_train=2 * data.y_train),
+                   dict(class_names=["a"])):
+        with pytest.raises(ltcl.InputError, match="the data"):
+            ltcl.Trainer(config, dataclasses.replace(data, **change))
 
 
 def test_no_epoch_after_the_last():
@@ -1661,10 +1725,10 @@ def test_tables():
     rows = [["cifar100", "100", method, settings, str(seed), "200", str(top), "60", "", "20", "55", "", ""]
             for method, settings, tops in (("sc", "", (46, 47, 48)), ("dscl", "--pbsd 0", (50,))) for seed, top in enumerate(tops)]
     text = train.tables(rows)
-    assert "| sc |  | 200 | 47.0 ± 1.0 | 60.0 ± 0.0 | n/a | 20.0 ± 0.0 | 3 | 55 |" in text
+    assert "| sc |  | 200 | 47.0 ± 1.0 | 60.0 ± 0.0 | n/a | 20.0 ± 0.0 | 3 |" in text
     assert "| sc |  | not run | not run | not run | 47.0 ± 1.0 | not run | not run |" in text
     assert "| dscl | `--pbsd 0` | not run | not run | not run | 50.0 | not run | not run |" in text
-    assert "papers' settings" not in train.tables([["folder", *row[1:]] for row in rows])   # own images alone
+    assert "200 epochs, top-1" not in train.tables([["folder", *row[1:]] for row in rows])   # own images alone
 
 
 def test_the_readmes_tables_are_those_of_the_rows():
@@ -1795,6 +1859,8 @@ def test_what_failed_in_its_first_step_begins_anew_with_other_settings(tiny, tmp
         patch.setattr(ltcl.Trainer, "step", too_large)
         assert train.main(argv) == 2
     assert "smaller --batch-size" in capsys.readouterr().err
+    for flags in (["--method", "sc"], ["--recipe", "record"]):      # they stand for settings that the old run's would hide
+        refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run-seed0", *flags], flags[0], "start a new run")
     assert train.main([*argv, "--batch-size", "4"]) == 0
     assert json.loads((tmp_path / "run-seed0" / "config.json").read_text())["batch_size"] == 4
 

@@ -121,7 +121,7 @@ class Config:
         for f in fields(self):
             value, m = getattr(self, f.name), f.metadata
             name = flag(f.name)
-            if f.type is float and type(value) is int:
+            if f.type is float and isinstance(value, int | float) and type(value) is not bool:     # numpy's are floats, too
                 setattr(self, f.name, value := float(value))
             ltcl.require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
             ltcl.require(m["choices"] is None or value in m["choices"],
@@ -256,7 +256,8 @@ def opened(given, go_on):
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
     new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
-    if not began:                                       # saved at its start alone: other settings lose nothing
+    presets = any(getattr(old, name) != getattr(new, name) for name in ("dataset", "method", "recipe"))
+    if not began and not presets:                       # saved at its start alone: other settings lose nothing
         return new, None
     for name in given:
         a, b = getattr(old, name), getattr(new, name)
@@ -365,7 +366,7 @@ SAVE_SECONDS = 600                                      # an epoch that takes lo
 
 def keep_memory():
     """Large tensors that are freed stay with the process. glibc hands them back to the system, and to get new pages
-    for the next ones takes a fifth to a third of a CPU's step at batch 512 (other C libraries: nothing happens)."""
+    for the next ones takes up to a third of a CPU's step at batch 512 (other C libraries: nothing happens)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4       # malloc.h's numbers
         mallopt(trim_threshold, -1)
@@ -669,16 +670,15 @@ def tables(rows):
         groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(values)
     for (dataset, imb), runs in groups.items():
         text += [f"**{dataset}, imbalance {imb}**", "",
-                 "| method | settings | epochs | top-1 | many | medium | few | seeds | seconds |", "|---" * 9 + "|"]
+                 "| method | settings | epochs | top-1 | many | medium | few | seeds |", "|---" * 8 + "|"]
         for (method, settings, epochs), same in runs.items():
-            *scores, seconds, _, _ = zip(*same)         # without hardware and commit
-            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(map(spread, scores))} | {len(same)} | "
-                        f"{statistics.mean(map(float, seconds)):.0f} |")
+            *scores, _, _, _ = zip(*same)               # without seconds, hardware and commit
+            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(map(spread, scores))} | {len(same)} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
     if not groups.keys() & set(columns):                # own images alone
         return "\n".join(text)
-    text += ["**The papers' settings: ResNet-32, 200 epochs, top-1**", "",
+    text += ["**ResNet-32, 200 epochs, top-1**", "",
              "| method | settings | " + " | ".join(f"{dataset}, {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
     for method, settings in PAPER:
         found = [groups.get(column, {}).get((method, settings, "200")) for column in columns]
