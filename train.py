@@ -658,7 +658,8 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}" if values else "n/a"
 
 
-PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
+PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("sc", "--classifier logit-adjusted"), ("psc", ""),
+         ("dscl", "--pbsd 0"), ("dscl", ""),
          ("ce", "--recipe record"), ("dscl", "--pbsd 0 --recipe record"), ("dscl", "--recipe record")]
 
 
