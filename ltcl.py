@@ -615,8 +615,9 @@ class Trainer:
     def take_data(self, data):
         """The training images, thinned to a long tail, and the test images."""
         c, files = self.config, isinstance(data.x_train, ImageFiles)
-        require(data.y_train.dtype == data.y_test.dtype == torch.int64 and (files or data.x_train.dtype == data.x_test.dtype == torch.uint8),
-                "the data are of a wrong type: labels are int64, images uint8 [N,3,H,W]")
+        require(all(y.dtype == torch.int64 for y in (data.y_train, data.y_test))
+                and (files or all(x.dtype == torch.uint8 for x in (data.x_train, data.x_test))),
+                "the data have a wrong type: labels are int64, images uint8 [N,3,H,W]")
         self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
@@ -799,7 +800,7 @@ class Trainer:
 
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
-        for the device, but where fp16 needs a loss scale, or BatchNorm those of other processes."""
+        for the device, but for fp16's loss scale and with --batchnorm sync."""
         # either N rows for both branches or N for each: the contrastive ones come first, the classifier's last
         parts, keys = (self.parallel or self.losses)(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
@@ -808,7 +809,8 @@ class Trainer:
         self.scaler.update()
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
-        t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)     # steps done: a young average forgets
+        # an average that is young forgets faster, or the random weights of its start stay in it
+        t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)            # steps done
         for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, min(self.config.average, (1 + t) / (10 + t)))):
             if slow:
                 self.follow(slow, decay)

@@ -96,8 +96,8 @@ class Config:
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
-    holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or where there is none",
-                             low=0, high=0.9)
+    holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or "
+                             "where there is none", low=0, high=0.9)
     recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
