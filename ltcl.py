@@ -443,8 +443,9 @@ def psc_loss(z, y, prototypes, tau=0.1):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         p = F.normalize(prototypes.to(z.dtype), dim=1)                             # [C,D]
         s = z @ p.T / tau                                                          # [B,C]
-        others = s.scatter(1, y[:, None].long(), torch.finfo(z.dtype).min)         # [B,C]
-        return (others.logsumexp(1) - s.gather(1, y[:, None].long())[:, 0]).mean()
+        own = y[:, None].long()                                                    # [B,1]
+        others = s.scatter(1, own, torch.finfo(z.dtype).min)                       # [B,C]
+        return (others.logsumexp(1) - s.gather(1, own)[:, 0]).mean()
 
 
 def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
@@ -1084,7 +1085,7 @@ def load_files(root, train_list, test_list, size, holdout):
     labels = [torch.tensor([label for _, label in part], dtype=torch.int64) for part in rows]
     names = check_labels(root, *labels, names)
     train = into_memory(files[0], labels[0])
-    test = train and into_memory(files[1], labels[1])
+    test = train if rows[0] == rows[1] else train and into_memory(files[1], labels[1])
     if test and train[0].shape[1:] == test[0].shape[1:]:
         check_labels(root, train[1], test[1], names)           # of the readable ones
         return Dataset(*train, *test, names)
