@@ -1,8 +1,8 @@
 """ltcl: long-tailed contrastive learning in one file.
 
 Real data has a long tail: a few classes with many images, most with a handful.
-Two papers learn better features for it by contrast, and this file is both, from pixels to a
-table of accuracy by class size, on a CPU or a GPU (what was measured: README):
+Two papers learn better features for it by contrast, and this file implements both, from pixels
+to accuracy by class size, on a CPU or a GPU (what was measured: README):
 
 [H] Wang, Han, Wei, Zhang, Wang. Contrastive Learning based Hybrid Networks for
     Long-Tailed Image Classification. CVPR 2021, arXiv 2103.14267.
@@ -10,8 +10,8 @@ table of accuracy by class size, on a CPU or a GPU (what was measured: README):
     AAAI 2024, arXiv 2403.06151.
 [S] Khosla et al. Supervised Contrastive Learning. NeurIPS 2020 (the SC loss).
 
-It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what is
-not the method, as reading files and drawing the embedded data, is an appendix.
+It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what isn't part
+of the method, such as reading files and drawing the embedded data, is the appendix.
 
 Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1.  y: labels.
 tau: temperature.  N: images a batch.  B: rows (the views of all images, stacked).
@@ -64,7 +64,7 @@ def long_tail_counts(n_max, num_classes, imb):
     Raises InputError for imb < 1. The protocol of the field, [H] follows it too.
     """
     require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
-    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 / 49 is 1
+    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 * 49**-1 is 0.99... in floats
 
 
 def draw_of_each_class(labels, counts, seed=0):
@@ -96,6 +96,10 @@ class Dataset:  # made by load_dataset, in the appendix
     class_names: list      # C strings
 
 
+def take(x, rows):
+    return x[rows] if isinstance(x, torch.Tensor) else ImageFiles([x.paths[i] for i in rows], x.side)
+
+
 def hold_out(data, share):
     """The data with a share of each training class as its test set: to choose settings by, so that the real
     test set stays unseen. Raises InputError where a class has too few images."""
@@ -108,16 +112,10 @@ def hold_out(data, share):
     return Dataset(take(data.x_train, kept), y[kept], take(data.x_train, test), y[test], data.class_names)
 
 
-def take(x, rows):
-    return x[rows] if isinstance(x, torch.Tensor) else ImageFiles([x.paths[i] for i in rows], x.side)
-
-
 def class_balanced_rows(y, counts, n, rng):
     """[H]'s sampling for the classifier: n rows drawn with replacement, each class equally likely. y [N] labels,
     counts [C] -> [n]."""
-    by_class, first = y.argsort(stable=True), counts.cumsum(0) - counts         # [N] rows; [C] where a class begins there
-    c = torch.randint(len(counts), (n,), generator=rng, device=y.device)        # [n]
-    return by_class[first[c] + (torch.rand(n, generator=rng, device=y.device) * counts[c]).long()]
+    return torch.multinomial(1 / counts[y], n, replacement=True, generator=rng)  # [n]
 
 
 # ---------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
 
 
 def random_change(x, rng):
-    """One change an image, drawn from ten and none, of random strength, as in TrivialAugment (Mueller and
+    """Each image gets one of ten changes, or none, of random strength, as in TrivialAugment (Mueller and
     Hutter, ICCV 2021): float [B,3,H,W] in 0..1 -> same."""
     kind = torch.randint(11, (len(x), 1, 1), generator=rng, device=x.device)
     strength = 2 * torch.rand(len(x), 1, 1, generator=rng, device=x.device) - 1
@@ -262,7 +260,7 @@ def key_view(x, rng, size):
 
 
 def patch_view(x, rng):
-    """What [D] does to a patch: float [B,3,P,P] in 0..1 -> same."""
+    """What [D] does to a patch: float [B,3,side,side] in 0..1 -> same."""
     return random_blur(random_jitter(random_flip(x, rng), rng), rng)
 
 
@@ -294,13 +292,8 @@ CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
 NETS = [*CIFAR_NETS, "resnet18", "resnet50", "resnext50_32x4d"]
 
 
-def layout(device):
-    """channels_last is a fifth faster; on MPS BatchNorm's backward goes wrong with it (pytorch issue 175189)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
 def backbone(name):
-    """The layers of a network without weights: its early stages, its last stage, and its width.
+    """The layers of a network, with random weights: its early stages, its last stage, and its width.
 
     CIFAR ResNets of depth 6n+2 (He et al. 2016, sec. 4.2): [B,3,H,W] -> [B,64,H/4,W/4].
     torchvision's networks: [B,3,H,W] -> [B,width,H/32,W/32], width 512 or 2048.
@@ -358,12 +351,12 @@ class Hybrid(nn.Module):
         self.early = nn.Sequential(*early)              # shared by the experts; each has a last stage of its own
         lasts = [last] + [backbone(net)[1] for _ in range(experts - 1)]
         self.experts = nn.ModuleList(Expert(last, width, num_classes, dim, hidden, cosine) for last in lasts)
-        self.dim = dim
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
         self.amp = amp
+        self.class_names = self.counts = self.stored = self.size = None         # see load()
         for m in batchnorms(self):
-            m.num_batches_tracked = None                # nobody reads it, and to count is a launch a layer
+            m.num_batches_tracked = None                # counting costs a kernel launch a layer, and nothing reads the count
 
     def maps(self, x):
         """Each expert's feature map, float32 [B,width,h,w]."""
@@ -400,7 +393,7 @@ class Hybrid(nn.Module):
 #
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
 # compute in float32 also inside autocast: at tau 0.07 a bfloat16 similarity is 4 % off in the
-# gradient. Rows that are no candidates get the smallest finite similarity: -inf would turn a row
+# gradient. Rows that are no candidates get the lowest finite number for a similarity: -inf would turn a row
 # without candidates NaN. Means over positives come from the sums of whole classes, and the
 # logsumexp of many rows goes in blocks: both save memory and time, and neither changes the value.
 # ---------------------------------------------------------------------------------------
@@ -417,7 +410,7 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         labels = y.sort().values                                                   # [B]
-        group = torch.searchsorted(labels, y)                                      # [B] a class's number: its place in labels
+        group = torch.searchsorted(labels, y)                                      # [B] where its class begins in labels
         P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
@@ -471,9 +464,10 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the positives, by sums over the classes of the batch: no N x K mask
         labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
-        group = torch.searchsorted(labels, y)                                      # [N] a class's number: its place in labels
-        theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K] the queue's, wrong for other classes,
-        known = (labels[theirs] == queue_y).to(q.dtype)                            # [K] whose weight is 0
+        group = torch.searchsorted(labels, y)                                      # [N] where its class begins in labels
+        # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
+        theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K]
+        known = (labels[theirs] == queue_y).to(q.dtype)                            # [K]
         total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
         others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, in two views
         P = 2 * others + zero[:, 0].index_add(0, theirs, known)[group]             # [N] |P_i|
@@ -495,7 +489,7 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     s: [N,L,D] student, the same patches cut from the pixels.  candidates: [K,D], all of length 1.
     valid: [K] bool, False for an empty slot, True for one at least; None: all are candidates.
 
-        L = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
+        L_pbsd = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
 
     The mean over the N images. The candidates get a gradient through log p(z|s) alone.
     """
@@ -557,21 +551,6 @@ def learning_rate(t, c):
 # ---------------------------------------------------------------------------------------
 # 6. Trainer: the hybrid [H]
 # ---------------------------------------------------------------------------------------
-
-def gather(t, dim=0):
-    """t of all processes, one after the other along dim; t itself where there is one alone.
-
-    Every process computes the same loss over all rows, but its gradient flows into its own rows alone.
-    DistributedDataParallel then takes the mean of these gradients where their sum is wanted, so each
-    is multiplied by the number of processes here."""
-    if not dist.is_initialized():
-        return t
-    t = t.contiguous()
-    parts = [torch.empty_like(t) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, t.detach())
-    parts[dist.get_rank()] = t + (len(parts) - 1) * (t - t.detach())    # t's value, its gradient times the processes
-    return torch.cat(parts, dim)
-
 
 def shot_groups(counts):
     """The field's groups of classes by training images, counts [C]: many > 100, medium 20-100, few < 20. Masks [C]."""
@@ -665,7 +644,7 @@ class Trainer:
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
         if c.compile == "on":
             self.net.maps = torch.compile(self.net.maps, dynamic=False)
-        self.queue = torch.zeros(c.experts, c.queue, net.dim, device=self.device)               # [E,K,D]
+        self.queue = torch.zeros(c.experts, c.queue, c.dim, device=self.device)                  # [E,K,D]
         self.queue_y = torch.full((c.queue,), -1, device=self.device)                           # [K] -1: empty
         classifiers = [p for e in net.experts for p in e.classifier.parameters()]
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
@@ -680,99 +659,6 @@ class Trainer:
             hybrid.net, hybrid.forward = self.net, self.losses
             self.parallel = nn.parallel.DistributedDataParallel(    # each stage leaves weights without a gradient
                 hybrid, find_unused_parameters=c.curriculum == "two-stage")
-
-    def images(self, x, plan):
-        """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
-        read by workers; in place of one that can't be read comes the next that can, with that one's row."""
-        if isinstance(x, torch.Tensor):
-            yield from ((x[rows], rows) for rows in plan)
-            return
-        plan = [rows.cpu() for rows in plan]            # once: no step waits for the device
-        loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
-                                             num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
-                                             worker_init_fn=leave_signals_to_the_trainer)
-        with signals_blocked():                         # a worker that one meets in its start dies
-            batches = iter(loader)
-        for (pixels, rows), asked in zip(batches, plan):
-            x.report(asked, rows)
-            yield pixels.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
-
-    def contrast_loss(self, q, k, y, prototypes, queue):
-        """Of one expert's embeddings of two views, [N,D] each. Both views are anchors in turn; the keys
-        of a momentum encoder never are [D]."""
-        c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
-        if c.method == "sc":
-            return sc_loss(z, yy, c.tau)
-        if c.method == "psc":
-            return psc_loss(z, yy, prototypes, c.tau)
-        loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
-        return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
-
-    def patch_loss(self, view, maps, keys):
-        """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
-        map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D]."""
-        c, (N, _, H, W) = self.config, view.shape
-        # 64 of 224 pixels [D, settings]; small images need more to show anything
-        side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
-        boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
-        patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,P,P]
-        for m in batchnorms(self.net):                  # patches would spoil the running statistics,
-            m.track_running_stats = False               # on which the evaluation of whole images relies
-        students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
-        stride = 4 if c.net in CIFAR_NETS else 32       # cell i sees pixels around i * stride, as padded convolutions
-        with torch.no_grad():                           # centre it there and not on its tile: hence the shift
-            teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
-        for m in batchnorms(self.net):
-            m.track_running_stats = True
-        valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
-        losses = [pbsd_loss(t, s, torch.cat([k, queue]), c.tau, valid)
-                  for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
-        return sum(losses) / c.experts
-
-    def contrast(self, views, maps, y):
-        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D] with their labels.
-        maps: [2N,width,h,w] of each expert, with a momentum encoder the query's [N,width,h,w] alone."""
-        N = len(y)
-        z = self.net.embed(maps)                                            # [E,2N,D]; [E,N,D] with a momentum encoder
-        q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
-        if self.key_encoder:
-            with torch.no_grad():
-                k = self.key_encoder.embed(self.key_encoder.maps(views[1]))
-        q, k, y = gather(q, 1), gather(k, 1), gather(y)                     # of all processes
-        losses = [self.contrast_loss(q_e, k_e, y, e.prototypes, queue)          # of each expert
-                  for q_e, k_e, e, queue in zip(q, k, self.net.experts, self.queue)]
-        parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
-        if self.config.pbsd:
-            parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
-        return parts, (k.detach(), y)
-
-    def remember(self, keys, y):
-        """The keys [E,N,D] join the queue at its end, the N oldest leave it [D, as MoCo]."""
-        self.queue = torch.cat([self.queue, keys], 1)[:, len(y):]                               # [E,K,D]
-        self.queue_y = torch.cat([self.queue_y, y])[len(y):]                                    # [K]
-
-    def losses(self, x, y, x_ce, y_ce):
-        """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
-        the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
-        statistics are those of what the classifier meets."""
-        c, N, weight = self.config, len(y), self.weight
-        query, key, plain, _ = self.augmentation
-        views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
-        seen = views[:1] if self.key_encoder else views        # the momentum encoder takes the keys' view
-        classified = [plain(x_ce, self.rng, self.size)] if self.classifies else []
-        with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
-            maps = self.net.maps(torch.cat(seen + classified))          # [3N,width,h,w] of each expert
-        parts, keys = {}, None
-        if weight:
-            parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y)
-        loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
-        if self.classifies:
-            logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
-            if c.classifier == "logit-adjusted":
-                logits = logits + self.class_size.log()     # [E,N,C] the prior, which the network needn't learn then
-            parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
-            loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
-        return dict(loss=loss, **parts), keys
 
     @property
     def weight(self):
@@ -799,9 +685,116 @@ class Trainer:
         parts = [rows.view(steps, N).chunk(self.ranks, 1)[self.rank] for rows in plan]          # [steps,N/ranks] each
         return torch.cat(parts, 1)
 
+    def images(self, x, plan):
+        """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
+        read by workers; in place of one that can't be read comes the next that can, with that one's row."""
+        if isinstance(x, torch.Tensor):
+            yield from ((x[rows], rows) for rows in plan)
+            return
+        plan = [rows.cpu() for rows in plan]            # once: no step waits for the device
+        loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
+                                             num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
+                                             worker_init_fn=leave_signals_to_the_trainer)
+        with signals_blocked():                         # a worker that one meets in its start dies
+            batches = iter(loader)
+        for (pixels, rows), asked in zip(batches, plan):
+            x.report(asked, rows)
+            yield pixels.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
+
+    def reseed(self, *place):
+        """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
+        So there is no random state that a checkpoint could lose."""
+        state, = np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)
+        self.rng.manual_seed(int(state))
+
+    def contrast_loss(self, q, k, y, prototypes, queue):
+        """Of one expert's embeddings of two views, [N,D] each. Both views are anchors in turn; the keys
+        of a momentum encoder never are [D]."""
+        c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
+        if c.method == "sc":
+            return sc_loss(z, yy, c.tau)
+        if c.method == "psc":
+            return psc_loss(z, yy, prototypes, c.tau)
+        loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
+        return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
+
+    def patch_loss(self, view, maps, keys):
+        """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
+        map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D], of all processes."""
+        c, (N, _, H, W) = self.config, view.shape
+        # 64 of 224 pixels [D, settings]; small images need more to show anything
+        side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
+        boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
+        patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,side,side]
+        # patches would spoil the running statistics, on which the evaluation of whole images relies
+        for m in batchnorms(self.net):
+            m.track_running_stats = False
+        students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
+        # padded convolutions centre cell i on pixel i * stride, not on the middle of its tile: hence the shift
+        stride = 4 if c.net in CIFAR_NETS else 32
+        with torch.no_grad():
+            teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
+        for m in batchnorms(self.net):
+            m.track_running_stats = True
+        valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
+        losses = [pbsd_loss(t, s, torch.cat([k, queue]), c.tau, valid)
+                  for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
+        return sum(losses) / c.experts
+
+    def contrast(self, views, maps, y):
+        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D] with their labels.
+        maps: [2N,width,h,w] of each expert, with a momentum encoder the query's [N,width,h,w] alone."""
+        N = len(y)
+        z = self.net.embed(maps)                                            # [E,2N,D]; [E,N,D] with a momentum encoder
+        q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
+        if self.key_encoder:
+            with torch.no_grad():
+                k = self.key_encoder.embed(self.key_encoder.maps(views[1]))
+        q, k, y = gather(q, 1), gather(k, 1), gather(y)                     # of all processes (gather: appendix)
+        losses = [self.contrast_loss(q_e, k_e, y, e.prototypes, queue)          # of each expert
+                  for q_e, k_e, e, queue in zip(q, k, self.net.experts, self.queue)]
+        parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
+        if self.config.pbsd:
+            parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
+        return parts, (k.detach(), y)
+
+    def losses(self, x, y, x_ce, y_ce):
+        """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
+        the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
+        statistics are those of what the classifier meets."""
+        c, N, weight = self.config, len(y), self.weight
+        query, key, plain, _ = self.augmentation
+        views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
+        seen = views[:1] if self.key_encoder else views        # the momentum encoder takes the keys' view
+        classified = [plain(x_ce, self.rng, self.size)] if self.classifies else []
+        with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
+            maps = self.net.maps(torch.cat(seen + classified))          # [up to 3N,width,h,w] of each expert
+        parts, keys = {}, None
+        if weight:
+            parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y)
+        loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
+        if self.classifies:
+            logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
+            if c.classifier == "logit-adjusted":
+                logits = logits + self.class_size.log()     # [E,N,C] the prior, which the network needn't learn then
+            parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
+            loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
+        return dict(loss=loss, **parts), keys
+
+    def remember(self, keys, y):
+        """The keys [E,N,D] join the queue at its end, the N oldest leave it [D, as MoCo]."""
+        self.queue = torch.cat([self.queue, keys], 1)[:, len(y):]                               # [E,K,D]
+        self.queue_y = torch.cat([self.queue_y, y])[len(y):]                                    # [K]
+
+    def follow(self, slow, decay):
+        """The parameters and buffers of a slow copy, MoCo's momentum encoder [D] or averaged weights, take a step
+        towards the trained network's."""
+        pair = [[*net.parameters(), *net.buffers()] for net in (slow, self.net)]
+        get_ema_multi_avg_fn(decay)(*pair, None)
+
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
-        for the device, but for fp16's loss scale and with --batchnorm sync."""
+        for the device, except for fp16's loss scale and with --batchnorm sync."""
         # either N rows for both branches or N for each: the contrastive ones come first, the classifier's last
         parts, keys = (self.parallel or self.losses)(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
@@ -811,23 +804,27 @@ class Trainer:
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
         # an average that is young forgets faster, or the random weights of its start stay in it
-        t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)            # steps done
+        t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)            # steps done, about
         for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, min(self.config.average, (1 + t) / (10 + t)))):
             if slow:
                 self.follow(slow, decay)
         return {name: part.detach() for name, part in parts.items()}
 
-    def follow(self, slow, decay):
-        """The parameters and buffers of a slow copy, MoCo's momentum encoder [D] or averaged weights, take a step
-        towards the trained network's."""
-        pair = [[*net.parameters(), *net.buffers()] for net in (slow, self.net)]
-        get_ema_multi_avg_fn(decay)(*pair, None)
+    def agree(self):
+        """Losses become the mean of all processes, BatchNorm's running statistics those of the first."""
+        history = torch.stack(self.history)                                     # [steps,parts]
+        dist.all_reduce(history)
+        self.history = list(history / self.ranks)
+        for net in filter(None, (self.net, self.averaged)):
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
 
-    def reseed(self, *place):
-        """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
-        So there is no random state that a checkpoint could lose."""
-        state, = np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)
-        self.rng.manual_seed(int(state))
+    def check(self):
+        """Raises InputError when losses or weights are no longer numbers."""
+        broken = ~torch.stack(self.history)[:, 0].isfinite().cpu()              # [steps]
+        broken[-1] |= not torch.stack([t.isfinite().all() for t in self.net.state_dict().values()]).all()
+        require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch + 1}, step "
+                f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt is from before")
 
     def train_epoch(self, tick=lambda step, steps: None):
         """Once over the training set. Returns the epoch's means; nothing is read from the device
@@ -856,21 +853,6 @@ class Trainer:
         self.epoch += 1
         return dict(zip(parts, table.mean(0).tolist()), contrast_weight=weight, lr=lr)
 
-    def agree(self):
-        """Losses become the mean of all processes, BatchNorm's running statistics those of the first."""
-        history = torch.stack(self.history)[None]                               # [1,steps,parts]
-        self.history = list(gather(history).mean(0))
-        for net in filter(None, (self.net, self.averaged)):
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-
-    def check(self):
-        """Raises InputError when losses or weights are no longer numbers."""
-        broken = ~torch.stack(self.history)[:, 0].isfinite().cpu()              # [steps]
-        broken[-1] |= not torch.stack([t.isfinite().all() for t in self.net.state_dict().values()]).all()
-        require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch + 1}, step "
-                f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt is from before")
-
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set, see accuracy()."""
@@ -891,8 +873,8 @@ class Trainer:
 
     def state_dict(self):
         """All that the rest of the run follows from, and all that load() needs; plain values and tensors
-        alone, loads with weights_only=True. The tensors are those that training changes: copy.deepcopy keeps
-        a state. Random states are not among it: see reseed."""
+        alone, loads with weights_only=True. The tensors are live: copy.deepcopy keeps a state. Random states
+        are not among it: see reseed."""
         return dict(net=self.net.state_dict(), key_encoder=self.key_encoder and self.key_encoder.state_dict(),
                     averaged=self.averaged and self.averaged.state_dict(),
                     queue=self.queue, queue_y=self.queue_y,
@@ -1042,6 +1024,8 @@ def into_memory(files, y):
     pixels, rows = [], []
     for i in range(len(files)):
         x, row = files[i]
+        if row < 0:
+            files.report(torch.tensor([i]), torch.tensor([row]))    # raises, before each of the others looks at all
         if max(x.shape) > 64 or pixels and x.shape != pixels[0].shape:
             return None
         pixels.append(x)
@@ -1205,11 +1189,31 @@ def pick_device(name):
         raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]:.100}): try --device cpu") from None
 
 
+def layout(device):
+    """channels_last is a fifth faster; on MPS BatchNorm's backward goes wrong with it (pytorch issue 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def pick_amp(name, device):
     if name == "auto":
         name = ("off" if device.type != "cuda" else
                 "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def gather(t, dim=0):
+    """t of all processes, one after the other along dim; t itself where there is one alone.
+
+    Every process computes the same loss over all rows, but its gradient flows into its own rows alone.
+    DistributedDataParallel then takes the mean of these gradients where their sum is wanted, so each
+    is multiplied by the number of processes here."""
+    if not dist.is_initialized():
+        return t
+    t = t.contiguous()
+    parts = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, t.detach())
+    parts[dist.get_rank()] = t + (len(parts) - 1) * (t - t.detach())    # t's value, its gradient times the processes
+    return torch.cat(parts, dim)
 
 
 @contextlib.contextmanager
@@ -1226,8 +1230,8 @@ def signals_blocked():
 
 
 def leave_signals_to_the_trainer(_, seconds=30):
-    """For a loader's worker: a signal to the whole group reaches it too, but it must live until the step is finished.
-    So SIGTERM ends it some seconds later; at its program's exit multiprocessing sends one and waits."""
+    """A signal to the whole group reaches a loader's workers too, but they must live until the trainer has finished its
+    step. So SIGINT is ignored, and SIGTERM, which multiprocessing sends at exit as well, ends a worker seconds later."""
     last = threading.Timer(seconds, os._exit, [0])
     last.daemon = True                                  # it may end before
     signal.signal(signal.SIGINT, signal.SIG_IGN)
