@@ -200,8 +200,9 @@ def random_change(x, rng):
     turn, shear_x, shear_y, shift_x, shift_y, brightness, contrast, saturation, solarize, posterize = (
         strength * (kind == i) for i in range(10))      # [B,1,1] each, in -1..1
     angle = turn * math.pi / 6                          # up to 30 degrees; shear and shift up to 0.3 of the side
-    affine = torch.cat([angle.cos(), 0.3 * shear_x - angle.sin(), 0.6 * shift_x,
-                        0.3 * shear_y + angle.sin(), angle.cos(), 0.6 * shift_y], 1).view(-1, 2, 3)     # [B,2,3]
+    aspect = x.shape[3] / x.shape[2]                    # affine_grid has both sides from -1 to 1
+    affine = torch.cat([angle.cos(), (0.3 * shear_x - angle.sin()) / aspect, 0.6 * shift_x,
+                        (0.3 * shear_y + angle.sin()) * aspect, angle.cos(), 0.6 * shift_y], 1).view(-1, 2, 3)  # [B,2,3]
     x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), align_corners=False)
     x = recolour(x, *(0.9 * change for change in (brightness, contrast, saturation)), 0 * strength)
     x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # invert what is brighter than a threshold
@@ -210,11 +211,11 @@ def random_change(x, rng):
 
 
 def random_cutout(x, rng):
-    """A grey square of half the side, its centre anywhere (DeVries and Taylor 2017): float [B,3,H,W] -> same."""
+    """A grey box of half the sides, its centre anywhere (DeVries and Taylor 2017): float [B,3,H,W] -> same."""
     B, _, H, W = x.shape
     u, v = torch.rand(2, B, 1, generator=rng, device=x.device)                  # [B,1] each
-    rows = (torch.arange(H, device=x.device) - H * u).abs() < H / 4             # [B,H]
-    columns = (torch.arange(W, device=x.device) - W * v).abs() < W / 4          # [B,W]
+    rows = (torch.arange(H, device=x.device) + 0.5 - H * u).abs() < H / 4       # [B,H]
+    columns = (torch.arange(W, device=x.device) + 0.5 - W * v).abs() < W / 4    # [B,W]
     return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.5)
 
 
@@ -478,7 +479,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
         blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
         blocks += [F.linear(q / tau, queue[i:i + 8192], empty[i:i + 8192]) for i in range(0, len(queue), 8192)]
-        candidates = torch.stack([s.logsumexp(1) for s in blocks]).logsumexp(0)    # [N]
+        candidates = torch.stack([s.logsumexp(1) for s in blocks], 1).logsumexp(1) # [N]
         return (candidates - share * s_augmentation - (1 - share) * s_class).mean()
 
 
@@ -595,9 +596,10 @@ class Trainer:
     def take_data(self, data):
         """The training images, thinned to a long tail, and the test images."""
         c, files = self.config, isinstance(data.x_train, ImageFiles)
-        require(all(y.dtype == torch.int64 for y in (data.y_train, data.y_test))
-                and (files or all(x.dtype == torch.uint8 for x in (data.x_train, data.x_test))),
-                "the data have a wrong type: labels are int64, images uint8 [N,3,H,W]")
+        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+            require(len(x) == len(y) and y.dtype == torch.int64
+                    and (files or x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1:] == (3, *data.x_train.shape[2:])),
+                    "the data have a wrong type or shape: labels are int64 [N], images uint8 [N,3,H,W] of one size")
         self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
@@ -980,8 +982,10 @@ def read_picture(file, size=None):
     """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
     white; the middle of it resized to size [h,w] where that is given. Raises what PIL raises."""
     picture = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
-    if picture.mode.startswith("I") and picture.getextrema()[1] > 255:      # 16 bits of grey: PIL would cut them off
-        picture = picture.point(lambda v: v / 256).convert("L")
+    if picture.mode.startswith("I"):                    # perhaps 16 bits of grey, which PIL would cut off
+        picture = picture.convert("I")
+        if picture.getextrema()[1] > 255:
+            picture = picture.point(lambda v: v / 256).convert("L")
     if "A" in picture.mode or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -411,6 +411,12 @@ def test_strong_changes():
     same = (changed - x).abs().amax((1, 2, 3)) < 1e-4
     assert 60 < same.sum() < 160                        # one of eleven kinds is none
     assert len({zlib.crc32(v.numpy().tobytes()) for v in changed[~same]}) > 0.95 * (~same).sum()
+    wide = torch.rand(200, 3, 16, 48)
+    changed, g = ltcl.random_change(wide, torch.Generator().manual_seed(2)), torch.Generator().manual_seed(2)
+    kind, strength = torch.randint(11, (200, 1, 1), generator=g), 2 * torch.rand(200, 1, 1, generator=g) - 1
+    for i in (kind == 0).nonzero()[:, 0].tolist():      # a turn doesn't stretch what is not square
+        turned = torchvision.transforms.functional.rotate(wide[i], 30 * strength[i].item(), torchvision.transforms.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(changed[i], turned, rtol=0, atol=1e-4)
     half = torch.linspace(0, 1, 32).expand(500, 3, 32, 32).contiguous()
     over = ltcl.random_change(half, torch.Generator().manual_seed(1))
     falls = (over[:, 0, 16, :-1] - over[:, 0, 16, 1:]).amax(1) > 0.3        # solarised: up, then down
@@ -418,6 +424,8 @@ def test_strong_changes():
     x = torch.zeros(300, 3, 32, 32)
     hidden = (ltcl.random_cutout(x, torch.Generator().manual_seed(0)) == 0.5).all(1).sum((1, 2))
     assert hidden.max() == 256 and 64 <= hidden.min() < 120             # 16 x 16, less where it hangs over the rim
+    rows = (ltcl.random_cutout(torch.zeros(20000, 3, 8, 8), torch.Generator().manual_seed(0)) > 0).float().mean((0, 1, 3))
+    torch.testing.assert_close(rows, rows.flip(0), rtol=0, atol=0.01)   # as often at one rim as at the other
 
 
 def test_hold_out():
@@ -980,7 +988,8 @@ def test_data_of_ones_own(monkeypatch, tmp_path):
     torch.save(trainer.state_dict(), tmp_path / "a.pt")
     assert ltcl.load(tmp_path / "a.pt", "cpu").class_names == ["a", "b", "c"]
     for change in (dict(x_train=data.x_train / 255), dict(y_train=data.y_train.int()), dict(y_train=2 * data.y_train),
-                   dict(class_names=["a"])):
+                   dict(class_names=["a"]), dict(x_test=data.x_test[:, :, 1:]), dict(x_train=data.x_train[1:]), dict(y_test=data.y_test[1:]),
+                   dict(x_train=data.x_train[:, :1], x_test=data.x_test[:, :1])):
         with pytest.raises(ltcl.InputError, match="the data"):
             ltcl.Trainer(config, dataclasses.replace(data, **change))
 
@@ -1300,7 +1309,7 @@ def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
     for flags, words in ((["--lr", "0.3"], ["--lr is 0.3", "0.05"]), (["--seed", "5"], ["--seed is 5"]), (["--net", "resnet20"], ["--net"]),
                          (["--batch-size", "4"], ["--batch-size is 4"]), (["--method", "sc"], ["--method is 'sc'", "'dscl'"]),
                          (["--dataset", "shapes"], ["--dataset"]), (["--epochs", "1"], ["--epochs 1", "another learning rate"]),
-                         (["--epochs", "30"], ["--epochs 30"])):
+                         (["--epochs", "30"], ["--epochs 30"]), (["--stage2-epochs", "9"], ["--stage2-epochs", "parabolic"])):
         refused(capsys, tmp_path, [*resume, *flags], *words)
     write_npz(tmp_path / "tiny.npz", **arrays(n=(11, 6, 3)))
     refused(capsys, tmp_path, resume, "training images are not those")
@@ -1331,9 +1340,9 @@ def test_resume_where_nothing_is_saved(tiny, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main([*tiny, "--resume", "--out", str(out)]) == 0      # so that one command can be repeated
     (out / "last.pt").unlink()
-    refused(capsys, tmp_path, ["--resume", "--out", out], "holds no run")
+    refused(capsys, tmp_path, ["--resume", "--out", out], "log.jsonl", "without its last.pt")
     refused(capsys, tmp_path, [*tiny, "--out", out], "already holds a run")     # log.jsonl
-    assert train.main([*tiny, "--resume", "--out", str(out)]) == 0
+    refused(capsys, tmp_path, [*tiny, "--resume", "--out", out], "log.jsonl")   # and would be overwritten
 
 
 @pytest.fixture(scope="module")
@@ -1568,6 +1577,8 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert (x[:, :, :3] == 255).all() and (x[:, :, 3:] == 0).all()
     Image.fromarray((pixels[..., 0].astype(np.uint16) * 128)).save(tmp_path / "deep.png")
     assert ltcl.read_picture(tmp_path / "deep.png").unique().tolist() == [0, 127]
+    Image.frombytes("I;16B", (6, 4), (pixels[..., 0].astype(np.uint16) * 128).astype(">u2").tobytes()).save(tmp_path / "big.tiff")
+    assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
     assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
 
@@ -1661,12 +1672,19 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, [*(a for a in argv if a not in ("--lr", "0.05")), "--seeds", "1"], "--lr is 0.5, but the run in")
     with pytest.MonkeyPatch.context() as patch:         # a run beside it adds its row between reading and writing
         patch.setattr(train, "read_results", lambda path: [])
-        train.add_result(results, ["shapes", "1", "ce", "", "9", *rows[0][5:]])
+        train.add_results(results, [["shapes", "1", "ce", "", "9", *rows[0][5:]]])
     assert [row[4] for row in train.read_results(results)] == ["0", "1", "2", "9"]
+    results.write_text("\ufeff" + results.read_text() + "\n\n", encoding="utf-8")      # a spreadsheet's doing
+    assert [row[4] for row in train.read_results(results)] == ["0", "1", "2", "9"]
+    for path in (tmp_path / "new.csv", tmp_path / "empty.csv"):
+        (tmp_path / "empty.csv").touch()
+        for part in ([], rows[:1], [], rows[1:]):
+            train.add_results(path, part)
+        assert train.read_results(path) == rows and path.read_text().startswith("dataset,")
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--seed", "1"], "--seed has no meaning with --seeds")
     refused(capsys, tmp_path, [*argv, "--seeds", "3", "--resume"], "--resume: not allowed with argument --seeds")
     refused(capsys, tmp_path, [*argv, "--seeds", "x"], "--seeds")
-    for bad in ("a,b\n1,2\n", "", "\0", ",".join(train.COLUMNS) + "\n" + ",".join("x" * len(train.COLUMNS))):
+    for bad in ("a,b\n1,2\n", "\0", ",".join(train.COLUMNS) + "\n" + ",".join("x" * len(train.COLUMNS))):
         results.write_text(bad)
         refused(capsys, tmp_path, [*argv, "--seeds", "7"], "results.csv")
         refused(capsys, tmp_path, argv, "results.csv")  # before the training, not after it
@@ -1795,6 +1813,10 @@ def refused(capsys, folder, argv, *words):
     (["--imb", "many"], ["--imb", "many"]),
     (["--epochs", "0"], ["--epochs", "1 or more"]),
     (["--epochs", "2.5"], ["--epochs", "2.5"]),
+    (["--epochs", "9" * 401], ["--epochs", "1000000 or less"]),
+    (["--dataset", "folder", "--size", "9" * 30], ["--size", "8192 or less"]),
+    (["--size", "64"], ["--size", "--dataset shapes"]),
+    (["--dataset", "cifar10", "--workers", "99"], ["--workers", "--dataset cifar10"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--batch-size", "1", "--device", "cpu"], ["--batch-size 1", "two images"]),
     (["--method", "ce", "--curriculum", "linear"], ["--curriculum", "--method ce"]),
@@ -1859,6 +1881,7 @@ def test_what_failed_in_its_first_step_begins_anew_with_other_settings(tiny, tmp
         patch.setattr(ltcl.Trainer, "step", too_large)
         assert train.main(argv) == 2
     assert "smaller --batch-size" in capsys.readouterr().err
+    refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run-seed0", "--alpha", "0.7"], "--alpha", "--method ce")
     for flags in (["--method", "sc"], ["--recipe", "record"]):      # they stand for settings that the old run's would hide
         refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run-seed0", *flags], flags[0], "start a new run")
     assert train.main([*argv, "--batch-size", "4"]) == 0
@@ -1927,6 +1950,10 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("{}")
     refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "theirs"], "already holds a run")     # or what may be one
+    (out / "last.pt").unlink()
+    refused(capsys, tmp_path, [*tiny, "--out", out, "--resume"], "log.jsonl", "without its last.pt")
+    out.rename(tmp_path / "run-seed0")
+    refused(capsys, tmp_path, [*tiny, "--out", out, "--seeds", "0"], "log.jsonl", "without its last.pt")
 
 
 def test_a_loss_that_turns_nan(tiny, tmp_path, capsys, monkeypatch):

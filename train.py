@@ -73,18 +73,18 @@ class Config:
     net: str = setting("resnet32", "backbone", ltcl.NETS)
     hidden: int = setting(512, "width of the projection head's hidden layer", low=1, high=65536)
     dim: int = setting(128, "dimensions of the embeddings", low=2, high=65536)
-    epochs: int = setting(200, "passes over the training set", low=1)
+    epochs: int = setting(200, "passes over the training set", low=1, high=10 ** 6)
     batch_size: int = setting(512, "images a step, in each branch", low=1)
     lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=BELOW_ONE)
-    weight_decay: float = setting(1e-4, "L2 penalty", low=0)
+    weight_decay: float = setting(1e-4, "L2 penalty, but not in a second stage", low=0)
     warmup: float = setting(5.0, "epochs of linear warm-up, at most a fifth of all", low=0)
     schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
     tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
     pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
     patches: int = setting(5, "patches an image", low=1, high=1000)
-    patch_size: int = setting(0, "side of the resized patches in pixels; 0: half a crop, 2/7 of a resized view", low=0,
+    patch_size: int = setting(0, "side of the resized patches in pixels; 0: half the view's, with --aug resized 2/7", low=0,
                               high=1024)
     box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
                              ["area", "side"])
@@ -100,14 +100,14 @@ class Config:
                              "where there is none", low=0, high=0.9)
     recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
-    stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1)
+    stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1, high=10 ** 6)
     stage2_batch: int = setting(128, "two-stage: its batch", low=1)
     stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: "
                        "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, else crop",
                        ["auto", "crop", "resized", "strong"])
     size: int = setting(224, "side of the resized views of image files in pixels; they are read at 8/7 of it, which other views keep",
-                        low=8)
+                        low=8, high=8192)
     save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
@@ -141,18 +141,23 @@ class Config:
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
         preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
         preset |= PRESETS["record"] if given.get("recipe") == "record" else {}
-        changed = {name for name, value in given.items() if value != preset.get(name, getattr(cls, name, None))}
-        config, patches = cls(**preset | given), {"patches", "patch_size", "box_scale"}
-        two_stage = "two-stage" in (config.curriculum, preset.get("curriculum"))
+        config = cls(**preset | given)
+        config.refuse_idle({name for name in given if given[name] != preset.get(name, getattr(cls, name, None))},
+                           "two-stage" in (config.curriculum, preset.get("curriculum")))
+        return config
+
+    def refuse_idle(self, changed, two_stage):
+        """Refuse the names of settings that have no meaning beside the others. two_stage: is, or would be the preset."""
+        method, patches = f"--method {self.method}", {"patches", "patch_size", "box_scale"}
         for idle, names, action in (
-                (method == "ce", {"tau", "pbsd", "hidden", "dim"} | patches, f"--method {method}"),
-                (method == "ce" and not two_stage, {"curriculum"}, f"--method {method}"),
-                (method != "dscl", {"alpha", "ema", "queue"}, f"--method {method}"),
-                (not config.pbsd, patches, "--pbsd 0"),
-                (config.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"}, f"--curriculum {config.curriculum}")):
+                (self.method == "ce", {"tau", "pbsd", "hidden", "dim"} | patches, method),
+                (self.method == "ce" and not two_stage, {"curriculum"}, method),
+                (self.method != "dscl", {"alpha", "ema", "queue"}, method),
+                (not self.pbsd, patches, "--pbsd 0"),
+                (self.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"}, f"--curriculum {self.curriculum}"),
+                (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, f"--dataset {self.dataset}")):
             if idle:
                 refuse(changed & names, action)
-        return config
 
 
 IMAGENET = dict(imb=1.0, net="resnet50", batch_size=256, lr=0.1, weight_decay=5e-4, warmup=10.0, schedule="cosine",
@@ -250,12 +255,15 @@ def opened(given, go_on):
     held = [name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()]
     ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
     if "last.pt" not in held:
+        ltcl.require(not held, f"--out {out} holds {held and held[0]} of a run without its last.pt: name another folder")
         ltcl.require(not go_on or out and len(given) > 1, f"--resume: --out {out!r} holds no run: name the folder of one, or of a "
                      "new one with its settings")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
     new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
+    new.refuse_idle({name for name in given.keys() - NO_MATTER if given[name] != getattr(old, name)},
+                    "two-stage" in (old.curriculum, new.curriculum))
     presets = any(getattr(old, name) != getattr(new, name) for name in ("dataset", "method", "recipe"))
     if not began and not presets:                       # saved at its start alone: other settings lose nothing
         return new, None
@@ -624,8 +632,8 @@ def read_results(path):
         ltcl.require(Path(path).absolute().parent.is_dir(), f"--results {path}: there is no such folder: make it, or name another file")
         return []
     try:
-        with open(path, newline="") as file:
-            head, *rows = list(csv.reader(file)) or [()]
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:      # a spreadsheet may have put a mark at its head
+            head, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
         for row in rows:
             scores, seconds = row[len(KEY):-3], row[-3:-2]      # a score may be missing, seconds not
             [float(number) for number in [*filter(None, scores), *seconds]]
@@ -636,16 +644,16 @@ def read_results(path):
     return rows
 
 
-def add_result(path, row):
-    """Append a run's row; runs side by side may write into one file."""
+def add_results(path, rows):
+    """Append the rows of runs, below a head if the file is new. Commands side by side may write into one file: each
+    begins by adding none, so that the head is there long before the first row."""
     try:
-        with contextlib.suppress(FileExistsError), open(path, "x", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-        with open(path, "a+", newline="") as file:
+        with open(path, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
             file.seek(0)
-            if not file.read().endswith("\n"):          # an editor's doing
+            content = file.read()
+            if content and not content.endswith("\n"):  # an editor's doing
                 file.write("\n")
-            csv.writer(file, lineterminator="\n").writerow(row)
+            csv.writer(file, lineterminator="\n").writerows(rows if content else [COLUMNS, *rows])
     except OSError as error:
         raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room, look at its last line; "
                               "--resume on the run adds its row") from None
@@ -719,6 +727,8 @@ def train_all(do, given):
         runs = [opened(given, do.resume)]
     if RANKS > 1:
         connect(runs[0][0])
+    if do.results and RANK == 0:
+        add_results(do.results, [])
     rows = []
     for config, state in runs:
         row = done.get(run_key(config))
@@ -731,7 +741,7 @@ def train_all(do, given):
             print_result(run.trainer, run.seconds())
             row = result_row(run.trainer, run.seconds())
             if do.results and RANK == 0:
-                add_result(do.results, row)
+                add_results(do.results, [row])
         rows.append(row)
     if len(rows) > 1:
         columns = dict(zip(COLUMNS, zip(*rows)))
@@ -779,7 +789,7 @@ def main(argv=None):
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
             message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
         elif "allocate" in text or "out of memory" in text or "calculation overflowed" in text:     # torch's words
-            message = "error: too little memory: take a smaller --batch-size or --queue"
+            message = "error: too little memory: take a smaller --batch-size, --size or --queue"
         else:
             raise
     live("")
