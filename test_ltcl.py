@@ -202,6 +202,16 @@ def all_losses(z, y, tau, k=None):
             ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau), ltcl.pbsd_loss(z[:, None].flip(0), z[:, None], z, tau)]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_loss_has_the_same_gradient():       # a sum over blocks along the first dimension had not
+    q, k, queue = (unit(n, 16, seed=n).requires_grad_() for n in (24, 25, 64))
+    y, queue_y = torch.arange(24) % 5, torch.arange(64) % 6 - 1
+    a, b = (torch.autograd.grad(loss(q, k[:24], y, queue, queue_y, tau=0.5), (q, k, queue))
+            for loss in (ltcl.dscl_loss, torch.compile(ltcl.dscl_loss)))
+    for one, other in zip(a, b):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("labels", [*LABELS, [0], [0, 1], [5, 5]])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_losses_are_finite(labels, dtype):
@@ -1035,6 +1045,14 @@ def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd):
         (tmp_path / "data" / "train" / "class0" / f"{i}.png").write_bytes(b"")
     assert train.main([*argv, "--out", str(tmp_path / "run2")]) == 2
     assert "3 of 130 image files cannot be read" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_images_that_are_all_missing_are_noticed_at_the_first(monkeypatch):
+    looked = []
+    monkeypatch.setattr(ltcl, "read_picture", lambda path, size: looked.append(path) or Image.open(path))
+    with pytest.raises(ltcl.InputError, match="none of 50 image files can be read, nowhere/0.png"):
+        ltcl.into_memory(ltcl.ImageFiles([f"nowhere/{i}.png" for i in range(50)], None), torch.zeros(50))
+    assert len(looked) == 50                            # and not 50 for each of 50
 
 
 def test_images_that_all_cannot_be_read_end_the_run(tmp_path):
