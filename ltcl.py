@@ -133,6 +133,7 @@ def random_crop(x, rng):
 
 def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_scale=False):
     """L boxes in each of B images of H x W pixels: [B,L,4], the corners x1, y1, x2, y2 in pixels.
+    A resized crop takes one, [D]'s patches several (section 6).
 
     scale is the box's share of the area, as in [D]'s code, and ratio its width over its height, before
     a side longer than the image's is cut to it.
@@ -537,7 +538,8 @@ def contrast_weight(epoch, epochs, curriculum="parabolic"):
 def learning_rate(t, c):
     """At t > 0 epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after
     80 % of --epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
-    stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: the settings, train.Config."""
+    stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: the settings, train.Config;
+    lr, epochs, warmup, schedule, stage2_epochs and stage2_lr are read."""
     if t > c.epochs:
         t = (t - c.epochs) / c.stage2_epochs
         return c.stage2_lr * 0.1 ** ((t > 0.5) + (t > 0.75))
@@ -612,11 +614,11 @@ class Trainer:
         self.x, self.x_test = (x, data.x_test) if files else (x.to(self.device), data.x_test.to(self.device))
         self.y, self.y_test = y.to(self.device), data.y_test
         self.counts = torch.bincount(y)                                                         # [C]
-        self.class_size = self.counts.to(self.device)                                           # [C]
+        self.class_size = self.counts.to(self.device)                                           # [C] the same, there
 
     def look_at_data(self):
-        """How large the images are, and the views to be; returns mean and standard deviation [3] of the pixels in
-        0..1: of all images in memory, of up to 1,000 files."""
+        """Sets the sizes of images and views and the augmentation. Returns mean and standard deviation [3] of the
+        pixels in 0..1: of all images in memory, of up to 1,000 files."""
         c, files = self.config, isinstance(self.x, ImageFiles)
         sample = torch.arange(0, len(self.y), math.ceil(len(self.y) / 1000) if files else 1)
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
