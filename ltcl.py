@@ -64,7 +64,7 @@ def long_tail_counts(n_max, num_classes, imb):
     Raises InputError for imb < 1. The protocol of the field, [H] follows it too.
     """
     require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
-    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 * 49**-1 is 0.99... in floats
+    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 * 49**-1 < 1
 
 
 def draw_of_each_class(labels, counts, seed=0):
@@ -174,7 +174,7 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
     [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
     turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
-    luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] what red, green and blue give to grey
+    luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] the colours' parts in grey
     to_grey = luma.expand(3, 3)                                                 # [3,3] a colour to its grey
     cross = (eye.roll(-1, 1) - eye.roll(1, 1)) / math.sqrt(3)                   # [3,3] cross product with the grey axis
     turn = hue.cos() * eye + hue.sin() * cross + (1 - hue.cos()) / 3            # [B,3,3] about it (Rodrigues' formula)
@@ -206,7 +206,7 @@ def random_change(x, rng):
                         (0.3 * shear_y + angle.sin()) * aspect, angle.cos(), 0.6 * shift_y], 1).view(-1, 2, 3)  # [B,2,3]
     x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), align_corners=False)
     x = recolour(x, *(0.9 * change for change in (brightness, contrast, saturation)), 0 * strength)
-    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # invert what is brighter than a threshold
+    x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # invert what is above a threshold
     levels = 2 ** (8 - 4 * posterize.abs()[..., None])                          # [B,1,1,1] of 256, down to 16
     return torch.where(posterize[..., None] != 0, (x * levels).floor() / levels, x)
 
@@ -228,7 +228,7 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)                     # [B,1] each
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
     sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
-    kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,T] exp(-t^2 / 2 sigma^2), of sum 1
+    kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,T] exp(-t^2/2sigma^2), of sum 1
     kernel = torch.where(chosen < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,T]
     x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colour is a channel
     x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=3 * B), kernel[:, None, None, :], groups=3 * B)
@@ -358,7 +358,7 @@ class Hybrid(nn.Module):
         self.amp = amp
         self.class_names = self.counts = self.stored = self.size = None         # see load()
         for m in batchnorms(self):
-            m.num_batches_tracked = None                # counting costs a kernel launch a layer, and nothing reads the count
+            m.num_batches_tracked = None                # to count costs a launch a layer, and nothing reads it
 
     def maps(self, x):
         """Each expert's feature map, float32 [B,width,h,w]."""
@@ -416,7 +416,7 @@ def sc_loss(z, y, tau=0.1):
         P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
-        row = torch.arange(len(z), device=z.device)                                # [B] an anchor is no candidate of its own
+        row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
         candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] from blocks [512,B]: they save memory
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
@@ -809,7 +809,8 @@ class Trainer:
             self.remember(*keys)                        # after backward, which still reads the queue
         # an average that is young forgets faster, or the random weights of its start stay in it
         t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)            # steps done, about
-        for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, min(self.config.average, (1 + t) / (10 + t)))):
+        average = min(self.config.average, (1 + t) / (10 + t))
+        for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, average)):
             if slow:
                 self.follow(slow, decay)
         return {name: part.detach() for name, part in parts.items()}
