@@ -632,7 +632,8 @@ def read_results(path):
         ltcl.require(Path(path).absolute().parent.is_dir(), f"--results {path}: there is no such folder: make it, or name another file")
         return []
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:      # a spreadsheet may have put a mark at its head
+        # a spreadsheet may have put a mark at its head
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             head, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
         for row in rows:
             scores, seconds = row[len(KEY):-3], row[-3:-2]      # a score may be missing, seconds not
