@@ -1221,7 +1221,7 @@ def test_stopped_and_resumed_is_bit_identical(flags, number, tiny, tmp_path, mon
     assert train.main(command[2:]) == 0 and same_run(out, tmp_path / "whole")       # nothing is left to do
 
 
-def test_saved_every_other_epoch_and_on_long_ones(tiny, tmp_path, monkeypatch):
+def test_saved_every_other_epoch_and_on_long_ones(tiny, tmp_path, monkeypatch, capsys):
     saved, write = [], ltcl.write_whole
     monkeypatch.setattr(ltcl, "write_whole", lambda path, content: saved.append(path.name) or write(path, content))
     argv = [*tiny, "--method", "ce", "--epochs", "5", "--save-every", "2"]
@@ -1231,6 +1231,7 @@ def test_saved_every_other_epoch_and_on_long_ones(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)       # two steps an epoch: a save between them
     assert train.main([*argv, "--out", str(tmp_path / "b")]) == 0
     assert saved.count("last.pt") == 1 + 5 + 3 and same_run(tmp_path / "a", tmp_path / "b")
+    assert "epoch   2/5  step 1/2  saved" in capsys.readouterr().out        # where no terminal shows the live line
 
 
 def test_a_full_disk(tiny, tmp_path, monkeypatch, capsys):

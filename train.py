@@ -445,6 +445,8 @@ class Run:
             t.check()
             t.elapsed = time.time() - self.began
             self.save()
+            live("")
+            print(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  saved", flush=True)    # a sign of life in a job's log
         if number:
             raise Stopped(number, t.config.out)
         if time.time() - self.shown > 1:                # to read the loss is to wait for the device: once a second
