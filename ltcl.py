@@ -985,10 +985,11 @@ def read_picture(file, size=None):
     """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
     white; the middle of it resized to size [h,w] where that is given. Raises what PIL raises."""
     picture = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
-    if picture.mode.startswith("I"):                    # perhaps 16 bits of grey, which PIL would cut off
-        picture = picture.convert("I")
-        if picture.getextrema()[1] > 255:
-            picture = picture.point(lambda v: v / 256).convert("L")
+    if picture.mode[0] in "IF":                         # perhaps 16 bits of grey, or floats in 0..1: PIL would cut them off
+        picture = picture.convert("F" if picture.mode == "F" else "I")
+        high = picture.getextrema()[1]
+        scale = 1 / 256 if high > 255 else 255 if picture.mode == "F" and high <= 1 else 1
+        picture = picture.point(lambda v: v * scale).convert("L")
     if "A" in picture.mode or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -1600,6 +1600,8 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
     assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
+    Image.fromarray(pixels[..., 0].astype(np.float32) / 510).save(tmp_path / "float.tiff")
+    assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, 127]
 
 
 def test_load(a_run, tmp_path):
