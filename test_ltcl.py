@@ -870,6 +870,13 @@ def test_mixed_precision_on_the_cpu(tiny, tmp_path):
         assert train.main([*tiny, "--amp", amp, "--out", str(tmp_path / amp)]) == 0
 
 
+@pytest.mark.parametrize("amp, capability, warned", [("bf16", "AVX2", True), ("bf16", "AVX512", False), ("off", "AVX2", False)])
+def test_slow_mixed_precision_is_told(tiny, amp, capability, warned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert train.main([*tiny, "--amp", amp, "--out", str(tmp_path / "run")]) == 0
+    assert ("take --amp off" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept(tmp_path):
     script = ("import resource, torch, train\n"

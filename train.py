@@ -420,6 +420,8 @@ class Run:
                 "their place: --imb 1 takes all images as they are")
         if config.queue > len(t.y):
             say(f"warning: --queue {config.queue} is more than the {len(t.y)} training images: it holds some twice")
+        if t.net.amp and t.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            say(f"warning: this processor can't compute in {config.amp}, torch imitates it slowly: take --amp off")
         steps = len(t.y) // config.batch_size * config.epochs
         if steps < 100:
             say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or "
