@@ -591,7 +591,8 @@ class Trainer:
         self.history = []                               # losses of the steps done in this epoch
         self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
         self.device = pick_device(c.device)
-        self.rng = torch.Generator(self.device)         # of batches and views, see reseed
+        self.shuffle = torch.Generator()                # of batches: on the host, so that every device has the same ones
+        self.rng = torch.Generator(self.device)         # of views, see reseed
         self.take_data(hold_out(data, c.holdout) if c.holdout else data)
         self.build(*self.look_at_data())
 
@@ -647,7 +648,8 @@ class Trainer:
         self.key_encoder = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None     # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
         if c.compile == "on":
-            self.net.maps = torch.compile(self.net.maps, dynamic=False)
+            for encoder in filter(None, (self.net, self.key_encoder)):
+                encoder.maps = torch.compile(encoder.maps, dynamic=False)
         self.queue = torch.zeros(c.experts, c.queue, c.dim, device=self.device)                  # [E,K,D]
         self.queue_y = torch.full((c.queue,), -1, device=self.device)                           # [K] -1: empty
         classifiers = [p for e in net.experts for p in e.classifier.parameters()]
@@ -662,7 +664,8 @@ class Trainer:
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
             self.parallel = nn.parallel.DistributedDataParallel(    # each stage leaves weights without a gradient
-                hybrid, find_unused_parameters=c.curriculum == "two-stage")
+                hybrid, find_unused_parameters=c.curriculum == "two-stage",
+                broadcast_buffers=False)                # agree() does, once an epoch
 
     @property
     def weight(self):
@@ -682,12 +685,12 @@ class Trainer:
         c = self.config
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto"
                                         and (c.method != "ce" or self.epoch >= c.epochs))      # ce: the baseline
-        order = torch.randperm(len(self.y), generator=self.rng, device=self.device)[:steps * N]
+        order = torch.randperm(len(self.y), generator=self.shuffle)[:steps * N]
         plan = [order] if self.weight or not balanced else []
         if balanced:
-            plan.append(class_balanced_rows(self.y, self.class_size, steps * N, self.rng))
+            plan.append(class_balanced_rows(self.y.cpu(), self.counts, steps * N, self.shuffle))
         parts = [rows.view(steps, N).chunk(self.ranks, 1)[self.rank] for rows in plan]          # [steps,N/ranks] each
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1).to(self.device)
 
     def images(self, x, plan):
         """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
@@ -706,10 +709,11 @@ class Trainer:
             yield pixels.to(self.device, non_blocking=True), rows.to(self.device, non_blocking=True)
 
     def reseed(self, *place):
-        """The generator's state follows from --seed and the place in the run alone: epoch, step, process.
+        """The generators' state follows from --seed and the place in the run alone: epoch, step, process.
         So there is no random state that a checkpoint could lose."""
         state, = np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)
-        self.rng.manual_seed(int(state))
+        for rng in (self.shuffle, self.rng):
+            rng.manual_seed(int(state))
 
     def contrast_loss(self, q, k, y, prototypes, queue):
         """Of one expert's embeddings of two views, [N,D] each. Both views are anchors in turn; the keys
@@ -886,7 +890,7 @@ class Trainer:
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
                     epoch=self.epoch, history=self.history, evaluated=self.evaluated, elapsed=self.elapsed, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
-                    fingerprint=self.fingerprint, stored=self.stored, size=self.size,
+                    fingerprint=self.fingerprint, stored=self.stored, size=self.size, device=self.device.type,
                     versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
 
     def load_state_dict(self, state):

@@ -1521,6 +1521,12 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
     assert [r["epoch"] for r in log] == [1, 2, 3] and all(math.isfinite(r[name]) for r in log for name in ("loss", "loss_pbsd", "spread"))
 
 
+def test_two_processes_need_a_device_each(tiny, tmp_path):
+    for run in two_processes([*tiny, "--device", "cuda:0", "--out", tmp_path / "run"]):
+        err = run.communicate(timeout=60)[1]
+        assert run.returncode == 2 and err.count("\n") == 1 and "--device cuda:0" in err and "its own GPU" in err
+
+
 def until_epoch(run, epoch):
     while f"epoch {epoch:3}/" not in (line := run.stdout.readline()):
         assert line, run.stderr.read()
@@ -1923,6 +1929,34 @@ def test_compiling_without_a_compiler(tiny, tmp_path, monkeypatch, capsys):
     assert train.main([*tiny, "--compile", "on", "--out", str(tmp_path / "run")]) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("error: --compile on does not work here") and last.endswith("leave it out")
+
+
+def test_compiling_takes_both_encoders(monkeypatch):
+    plain, compiled = tiny_trainer(ema=0.9), []
+    monkeypatch.setattr(torch, "compile", lambda maps, **_: lambda x: (compiled.append(len(x)), maps(x))[1])
+    trainer = tiny_trainer(ema=0.9, compile="on")
+    assert trainer.train_epoch() == plain.train_epoch()
+    assert compiled == [16, 8, 16] * 2                  # a step: query and classifier, keys, students
+
+
+def test_batches_are_the_same_on_every_device(monkeypatch):
+    trainer, plans = tiny_trainer(method="sc"), []
+    for state in (1, 2):                                # a device's own generator draws otherwise
+        trainer.reseed(0)
+        trainer.rng.manual_seed(state)
+        plans.append(trainer.batches(8, 2))
+    assert torch.equal(*plans)
+
+
+def test_another_device_is_told(tiny, tmp_path, capsys):
+    argv = [*tiny, "--method", "ce", "--epochs", "2", "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.save(state | dict(device="cuda"), tmp_path / "run" / "last.pt")
+    for told in (True, False):                          # the run goes on here, and is then of here
+        capsys.readouterr()
+        assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+        assert ("note: the run was on cuda" in capsys.readouterr().err) == told
 
 
 def test_an_unusable_device(tmp_path, capsys):

@@ -405,6 +405,8 @@ class Run:
         t = self.trainer = make_trainer(config, state)
         self.log = state["log"] if state else []        # an object an epoch
         self.shown = time.time()
+        if state and (began_on := state.get("device", t.device.type)) != t.device.type:     # auto may find another
+            say(f"note: the run was on {began_on} so far: {t.device.type} draws other views, and computes in its own precision")
         if RANK == 0:
             self.out = make_folder(config)
             config.out = str(self.out)
@@ -705,6 +707,8 @@ def tables(rows):
 def connect(config):
     """With the other processes of the run, which torchrun has started; the first one alone prints."""
     backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    ltcl.require(config.device in ("auto", "cpu", "cuda"), f"--device {config.device}: with torchrun each process takes its own "
+                 "GPU with --device cuda")
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         ltcl.require(local < torch.cuda.device_count(), f"process {local} has no GPU of its own, there are "
                      f"{torch.cuda.device_count()}: lower --nproc_per_node, or take --device cpu")
