@@ -1939,7 +1939,7 @@ def test_compiling_takes_both_encoders(monkeypatch):
     assert compiled == [16, 8, 16] * 2                  # a step: query and classifier, keys, students
 
 
-def test_batches_are_the_same_on_every_device(monkeypatch):
+def test_batches_are_the_same_on_every_device():
     trainer, plans = tiny_trainer(method="sc"), []
     for state in (1, 2):                                # a device's own generator draws otherwise
         trainer.reseed(0)
