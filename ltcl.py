@@ -97,7 +97,7 @@ class Dataset:  # made by load_dataset, in the appendix
 
 
 def take(x, rows):
-    return x[rows] if isinstance(x, torch.Tensor) else ImageFiles([x.paths[i] for i in rows], x.side)
+    return x[rows] if isinstance(x, torch.Tensor) else ImageFiles([x.paths[i] for i in rows])
 
 
 def hold_out(data, share):
@@ -607,12 +607,10 @@ class Trainer:
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
-        if files:
-            require(data.x_train.side == c.size * 8 // 7, f"--size {c.size}, but the images are read at {data.x_train.side} "
-                    "pixels: give load_dataset the same size")
         x, y = take(data.x_train, kept), data.y_train[kept]
         self.fingerprint = fingerprint(x, y)            # by which load_state_dict() knows them again
-        self.x, self.x_test = (x, data.x_test) if files else (x.to(self.device), data.x_test.to(self.device))
+        stored = [c.size * 8 // 7] * 2                  # of image files: 256 for views of 224
+        self.x, self.x_test = (ImageFiles(part.paths, stored) if files else part.to(self.device) for part in (x, data.x_test))
         self.y, self.y_test = y.to(self.device), data.y_test
         self.counts = torch.bincount(y)                                                         # [C]
         self.class_size = self.counts.to(self.device)                                           # [C] the same, there
@@ -918,7 +916,7 @@ class Trainer:
 FILE_SETS = "folder", "imagenet_lt", "inat18"
 
 
-def load_dataset(name, root="data", train_list="", test_list="", size=224, holdout=0):
+def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
     """A Dataset by name. Raises InputError for whatever cannot be read or used.
 
     shapes: drawn here.  cifar10, cifar100: read from root/<name>.npz; where that is missing,
@@ -926,13 +924,13 @@ def load_dataset(name, root="data", train_list="", test_list="", size=224, holdo
     y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
     folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
     files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
-    Files are read in training, for views of size x size pixels. With a holdout, of which hold_out() will make
-    the test set, root/val may be missing: the training images take its place.
+    They are read in training. With a holdout, of which hold_out() will make the test set, root/val may be missing:
+    the training images take its place.
     """
     if name == "shapes":
         return draw_shapes()
     if name in FILE_SETS:
-        return load_files(Path(root), train_list, test_list, size, holdout)
+        return load_files(Path(root), train_list, test_list, holdout)
     if name.endswith(".npz"):
         return read_npz(Path(name))
     require(name in ("cifar10", "cifar100"), f"unknown data set {name!r}: choose shapes, "
@@ -1002,12 +1000,12 @@ def read_picture(file, size=None):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Image files of any size and kind as uint8 [3,side,side], the middle of each resized. side None: as
+    """Image files of any kind as uint8 [3,h,w], the middle of each resized to size [h,w]. size None: as
     they are. Item i is (pixels, row); row is i, or, if file i cannot be read, that of the next readable
     file, whose pixels are returned instead; -1 where there is none: report() raises then, as a worker must not."""
 
-    def __init__(self, paths, side):
-        self.paths, self.side, self.unreadable = paths, side, set()
+    def __init__(self, paths, size=None):
+        self.paths, self.size, self.unreadable = paths, size, set()
 
     def __len__(self):
         return len(self.paths)
@@ -1015,8 +1013,8 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, i):
         for row in range(i - len(self), i):             # from the end: i, i+1, ... and round to i-1
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
-                return read_picture(self.paths[row], self.side and [self.side] * 2), row % len(self)
-        return torch.zeros(3, self.side or 1, self.side or 1, dtype=torch.uint8), -1
+                return read_picture(self.paths[row], self.size), row % len(self)
+        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1
 
     def report(self, asked, rows):
         """Name files that were asked for and not read, each once. Raises InputError for several and over 1 % of all."""
@@ -1059,7 +1057,7 @@ def read_list(path, root):
     return rows
 
 
-def load_files(root, train_list, test_list, size, holdout):
+def load_files(root, train_list, test_list, holdout):
     """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
     if train_list or test_list:
         rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
@@ -1077,7 +1075,7 @@ def load_files(root, train_list, test_list, size, holdout):
         require(not different, f"{root}: class {min(different, default='')!r} is in one of train and {held_out.name} alone: "
                 "both need the same class folders")
         rows, names = [train.samples, test.samples], train.classes
-    files = [ImageFiles([path for path, _ in part], None) for part in rows]
+    files = [ImageFiles([path for path, _ in part]) for part in rows]
     labels = [torch.tensor([label for _, label in part], dtype=torch.int64) for part in rows]
     names = check_labels(root, *labels, names)
     train = into_memory(files[0], labels[0])
@@ -1085,8 +1083,7 @@ def load_files(root, train_list, test_list, size, holdout):
     if test and train[0].shape[1:] == test[0].shape[1:]:
         check_labels(root, train[1], test[1], names)           # of the readable ones
         return Dataset(*train, *test, names)
-    side = size * 8 // 7                                # 256 for views of 224
-    return Dataset(ImageFiles(files[0].paths, side), labels[0], ImageFiles(files[1].paths, side), labels[1], names)
+    return Dataset(files[0], labels[0], files[1], labels[1], names)
 
 
 def write_whole(path, content):

@@ -944,10 +944,10 @@ def test_a_signal_to_the_loaders_workers_too(number, tmp_path):
     assert run.returncode == 128 + number and "all is saved" in err and "Traceback" not in err, err
 
 
-def test_a_size_given_once_is_refused(tmp_path):
-    data = ltcl.load_dataset("folder", write_tree(tmp_path), size=64)
-    with pytest.raises(ltcl.InputError, match="give load_dataset the same size"):
-        ltcl.Trainer(train.Config.of(dataset="folder", batch_size=4, device="cpu"), data)
+def test_image_files_are_read_at_8_7_of_the_size(tmp_path):
+    trainer = ltcl.Trainer(train.Config.of(dataset="folder", size=64, workers=0, batch_size=4, net="resnet8", device="cpu"),
+                           ltcl.load_dataset("folder", write_tree(tmp_path)))
+    assert trainer.stored == trainer.x.size == trainer.x_test.size == [73, 73] and trainer.size == [64, 64]
 
 
 def weights(trainer):
@@ -1098,7 +1098,7 @@ def test_a_failing_worker_and_odd_names(tmp_path, capsys):
               "ltcl.leave_signals_to_the_trainer = last\nread = ltcl.ImageFiles.__getitem__\n"
               "def fail(files, i):\n    if torch.utils.data.get_worker_info().id == 0:\n        raise OSError('broken')\n    return read(files, i)\n"
               "config = Config.of(dataset='folder', method='ce', net='resnet8', batch_size=4, size=32, workers=2)\n"
-              f"data = ltcl.load_dataset('folder', {str(root)!r}, size=32)\n"
+              f"data = ltcl.load_dataset('folder', {str(root)!r})\n"
               "trainer = ltcl.Trainer(config, data)\nltcl.ImageFiles.__getitem__ = fail\ntrainer.train_epoch()")
     run = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, timeout=120)     # it ends
     assert run.returncode == 1 and "OSError: broken" in run.stderr, run.stderr
@@ -1638,7 +1638,7 @@ def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd):
     assert train.main(["--eval", str(tmp_path / "run")]) == 0
     assert train.main(["--predict", str(tmp_path / "run"), str(picture)]) == 0
     net = ltcl.load(tmp_path / "run", "cpu")
-    x, _ = ltcl.ImageFiles([str(picture)], net.stored[0])[0]
+    x, _ = ltcl.ImageFiles([str(picture)], net.stored)[0]
     torch.testing.assert_close(net.preprocess(picture), torchvision.transforms.functional.center_crop(x, 64) / 255)
 
 

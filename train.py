@@ -387,7 +387,7 @@ def make_trainer(config, state=None):
         keep_memory()
     if RANK > 0:                                        # the first process may have to download
         dist.all_reduce(torch.zeros(1))
-    data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.size, config.holdout)
+    data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.holdout)
     if RANK == 0 and RANKS > 1:
         dist.all_reduce(torch.zeros(1))
     torch.backends.cudnn.benchmark = True               # a run's batches are all of one shape
