@@ -589,7 +589,7 @@ class Trainer:
         self.epoch = 0                                  # epochs done
         self.epochs = c.epochs + two_stage * c.stage2_epochs    # of both stages
         self.history = []                               # losses of the steps done in this epoch
-        self.evaluated, self.elapsed = {}, 0            # the last accuracy; seconds of this epoch before it was stopped
+        self.evaluated = {}                             # the last accuracy
         self.device = pick_device(c.device)
         self.shuffle = torch.Generator()                # of batches: on the host, so that every device has the same ones
         self.rng = torch.Generator(self.device)         # of views, see reseed
@@ -886,7 +886,7 @@ class Trainer:
                     averaged=self.averaged and self.averaged.state_dict(),
                     queue=self.queue, queue_y=self.queue_y,
                     optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
-                    epoch=self.epoch, history=self.history, evaluated=self.evaluated, elapsed=self.elapsed, ranks=self.ranks,
+                    epoch=self.epoch, history=self.history, evaluated=self.evaluated, ranks=self.ranks,
                     config=asdict(self.config), class_names=self.class_names, counts=self.counts.tolist(),
                     fingerprint=self.fingerprint, stored=self.stored, size=self.size, device=self.device.type,
                     versions={m.__name__: str(m.__version__) for m in (torch, torchvision, np)})
@@ -902,8 +902,7 @@ class Trainer:
                     part.load_state_dict(copy.deepcopy(its))    # optimisers would keep its tensors
             self.queue.copy_(state["queue"])
             self.queue_y.copy_(state["queue_y"])
-            for name in ("epoch", "evaluated", "elapsed"):
-                setattr(self, name, state[name])
+            self.epoch, self.evaluated = state["epoch"], state["evaluated"]
             self.history = [parts.to(self.device) for parts in state["history"]]
         except Exception as error:  # another version's
             raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None

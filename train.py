@@ -404,6 +404,7 @@ class Run:
         print(textwrap.fill(" ".join(f"{name}={value}" for name, value in asdict(config).items()), 120))
         t = self.trainer = make_trainer(config, state)
         self.log = state["log"] if state else []        # an object an epoch
+        self.elapsed = state["elapsed"] if state else 0     # seconds of this epoch before it was stopped
         self.shown = time.time()
         if state and (began_on := state.get("device", t.device.type)) != t.device.type:     # auto may find another
             say(f"note: the run was on {began_on} so far: {t.device.type} draws other views, and computes in its own precision")
@@ -433,7 +434,7 @@ class Run:
         self.saved = time.time()
         if RANK == 0:
             content = io.BytesIO()
-            torch.save(self.trainer.state_dict() | dict(log=self.log), content)
+            torch.save(self.trainer.state_dict() | dict(log=self.log, elapsed=self.elapsed), content)
             ltcl.write_whole(self.out / "last.pt", content.getbuffer())
             ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log).encode())
 
@@ -447,7 +448,7 @@ class Run:
         t, number = self.trainer, asked_to_stop(self.signals)
         if number or time.time() - self.saved > SAVE_SECONDS:
             t.check()
-            t.elapsed = time.time() - self.began
+            self.elapsed = time.time() - self.began
             self.save()
             live("")
             print(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  saved", flush=True)    # a sign of life in a job's log
@@ -462,14 +463,14 @@ class Run:
     def epoch(self):
         """Train one, evaluate, log, save."""
         t, c = self.trainer, self.trainer.config
-        self.began = time.time() - t.elapsed
+        self.began = time.time() - self.elapsed
         record = EPOCH | t.train_epoch(self.between_steps)
         speed = len(t.y) / (time.time() - self.began)
         due = t.epoch % c.eval_every == 0 or t.epoch == t.epochs
         if due and record["loss_ce"] is not None:
             record |= {name: value for name, value in t.evaluate().items() if name in EPOCH}
         record |= dict(epoch=t.epoch, seconds=round(time.time() - self.began, 3))
-        t.elapsed = 0
+        self.elapsed = 0
         self.log.append(record)
         number = asked_to_stop(self.signals)
         if number or t.epoch % c.save_every == 0 or t.epoch == t.epochs:
