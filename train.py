@@ -571,8 +571,7 @@ def report(runs):
     for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
         state = ltcl.read_checkpoint(run)
-        ltcl.require("log" in state, f"{run} is a run of an older version, without its log: draw it with that version")
-        ltcl.require(log := state["log"], f"{run} holds no epoch: train the run first")
+        ltcl.require(log := state.get("log"), f"{run} holds no epoch's log: train the run first")
         for axes, curves in ((loss, LOSSES), (top, ACCURACIES)):
             for name, label in curves.items():          # also those without points: a colour means the same in all runs
                 rows = [r for r in log if r.get(name) is not None]
