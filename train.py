@@ -52,7 +52,7 @@ def refuse(useless, action):
     ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with {action}: leave it out")
 
 
-def setting(default, help, choices=None, low=None, high=None):
+def setting(default, help, choices=(), low=None, high=None):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
@@ -119,13 +119,12 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, m = getattr(self, f.name), f.metadata
-            name = flag(f.name)
+            name, value, m = flag(f.name), getattr(self, f.name), f.metadata
             if f.type is float and isinstance(value, int | float) and type(value) is not bool:     # numpy's are floats, too
                 setattr(self, f.name, value := float(value))
             ltcl.require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
-            ltcl.require(m["choices"] is None or value in m["choices"],
-                         f"{name} {value!r} is unknown: choose {', '.join(m['choices'] or [])}")
+            ltcl.require(not m["choices"] or value in m["choices"],
+                         f"{name} {value!r} is unknown: choose {', '.join(m['choices'])}")
             ltcl.require(f.type is not float or math.isfinite(value), f"{name} is {value}: give a finite number")
             ltcl.require(m["low"] is None or value >= m["low"], f"{name} is {value}: it must be "
                          + ("above 0" if m["low"] == TINY else f"{m['low']} or more"))
@@ -204,7 +203,7 @@ def read_arguments(argv):
     for f in fields(Config):
         presets = [f"{name if isinstance(name, str) else ' '.join(name)}: {preset[f.name]}"
                    for name, preset in PRESETS.items() if f.name in preset]
-        choices = ", ".join(f.metadata["choices"] or [])
+        choices = ", ".join(f.metadata["choices"])
         parser.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
                                  f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
