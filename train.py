@@ -141,7 +141,7 @@ class Config:
         preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
         preset |= PRESETS["record"] if given.get("recipe") == "record" else {}
         config = cls(**preset | given)
-        config.refuse_idle({name for name in given if given[name] != preset.get(name, getattr(cls, name, None))},
+        config.refuse_idle({name for name in given if given[name] != preset.get(name, getattr(cls, name))},
                            "two-stage" in (config.curriculum, preset.get("curriculum")))
         return config
 
