@@ -681,8 +681,8 @@ class Trainer:
         and for a classifier that takes them, and as many class-balanced ones for a classifier that doesn't.
         Of several processes each gets its part of both."""
         c = self.config
-        balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto"
-                                        and (c.method != "ce" or self.epoch >= c.epochs))      # ce: the baseline
+        baseline = c.method == "ce" and self.epoch < c.epochs
+        balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
         order = torch.randperm(len(self.y), generator=self.shuffle)[:steps * N]
         plan = [order] if self.weight or not balanced else []
         if balanced:
