@@ -23,6 +23,7 @@ of the augmentation ([H]'s alpha, the curriculum's coefficient, is called the co
 import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import signal
@@ -1010,9 +1011,9 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        for row in range(i - len(self), i):             # from the end: i, i+1, ... and round to i-1
+        for row in itertools.chain(range(i, len(self)), range(i)):
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
-                return read_picture(self.paths[row], self.size), row % len(self)
+                return read_picture(self.paths[row], self.size), row
         return torch.zeros(3, 1, 1, dtype=torch.uint8), -1
 
     def report(self, asked, rows):
