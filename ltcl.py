@@ -625,7 +625,6 @@ class Trainer:
         require(min(pixels.shape[2:]) >= 8, f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels: "
                 "a side needs 8 or more")
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
-        self.augmentation = AUGMENTATIONS[self.aug]
         self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network brings others,
         self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored    # and of the views cut out of them
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
@@ -732,7 +731,7 @@ class Trainer:
         # 64 of 224 pixels [D, settings]; small images need more to show anything
         side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
-        patches = self.augmentation[3](cut(view, boxes, side), self.rng)                       # [N*L,3,side,side]
+        patches = AUGMENTATIONS[self.aug][3](cut(view, boxes, side), self.rng)              # [N*L,3,side,side]
         # patches would spoil the running statistics, on which the evaluation of whole images relies
         for m in batchnorms(self.net):
             m.track_running_stats = False
@@ -770,7 +769,7 @@ class Trainer:
         the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
         statistics are those of what the classifier meets."""
         c, N, weight = self.config, len(y), self.weight
-        query, key, plain, _ = self.augmentation
+        query, key, plain, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
         seen = views[:1] if self.key_encoder else views        # the momentum encoder takes the keys' view
         classified = [plain(x_ce, self.rng, self.size)] if self.classifies else []

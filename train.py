@@ -357,7 +357,7 @@ def save_views(trainer, path, columns=20, rows=8):
     for i, pile in enumerate(piles):
         grid[rows - len(pile):rows, i] = small(pile / 255)
     first, rng = torch.stack([pile[0] for pile in piles]), torch.Generator().manual_seed(0)
-    for i, view in enumerate(trainer.augmentation[:3]):
+    for i, view in enumerate(ltcl.AUGMENTATIONS[trainer.aug][:3]):
         grid[rows + 1 + i] = small(view(first, rng, trainer.size))
     if c.pbsd:
         boxes = ltcl.random_boxes(len(first), c.patches, 64, 64, rng, side_scale=c.box_scale == "side")
