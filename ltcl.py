@@ -13,11 +13,11 @@ to accuracy by class size, on a CPU or a GPU (what was measured: README):
 It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what isn't part
 of the method, such as reading files and drawing the embedded data, is the appendix.
 
-Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1.  y: labels.
-tau: temperature.  N: images a batch.  B: rows (the views of all images, stacked).
-C: classes.  D: embedding dimensions.  K: rows in memory.  L: patches an image.
-E: experts.  P_i: the positives of anchor i, P in code their number.  alpha: [D]'s weight
-of the augmentation ([H]'s alpha, the curriculum's coefficient, is called the contrast weight here).
+Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1, q the anchors', k their augmentations'.
+y: labels.  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
+B: rows (images, or all their views, stacked).  C: classes.  D: embedding dimensions.  K: rows in memory, the queue.
+L: patches an image.  E: experts.  P_i: the positives of anchor i, P in code their number.  alpha: [D]'s weight of
+the augmentation ([H]'s alpha, the curriculum's coefficient, is called the contrast weight here).  rng: a torch.Generator.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def long_tail_counts(n_max, num_classes, imb):
     """Images to keep of each class: n_c = n_max * imb^(-c/(C-1)), rounded down.
 
     imb is n_max / n_min >= 1; 1 keeps the set balanced. Returns C integers.
-    Raises InputError for imb < 1. The protocol of the field, [H] follows it too.
+    Raises InputError for imb < 1. The protocol of the field, which [H] follows too.
     """
     require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
     return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 * 49**-1 < 1
@@ -89,7 +89,7 @@ def long_tail_indices(labels, imb, seed=0):
 
 
 @dataclass
-class Dataset:  # made by load_dataset, in the appendix
+class Dataset:  # made by load_dataset; that and ImageFiles: appendix
     x_train: torch.Tensor  # uint8 [N,3,H,W], or ImageFiles
     y_train: torch.Tensor  # int64 [N], 0..C-1
     x_test: torch.Tensor   # uint8 [M,3,H,W], or ImageFiles
@@ -98,6 +98,7 @@ class Dataset:  # made by load_dataset, in the appendix
 
 
 def take(x, rows):
+    """These rows of x, a tensor or ImageFiles."""
     return x[rows] if isinstance(x, torch.Tensor) else ImageFiles([x.paths[i] for i in rows])
 
 
@@ -105,7 +106,7 @@ def hold_out(data, share):
     """The data with a share of each training class as its test set: to choose settings by, so that the real
     test set stays unseen. Raises InputError where a class has too few images."""
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
-    counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 of 100 are 7
+    counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 * 100 is above 7 in floats
     require((counts < sizes).all(), f"--holdout {share:g} leaves class {(counts >= sizes).argmax()} no training image: "
             "it needs two or more of each class")
     test = draw_of_each_class(y.numpy(), counts)
@@ -134,7 +135,7 @@ def random_crop(x, rng):
 
 def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_scale=False):
     """L boxes in each of B images of H x W pixels: [B,L,4], the corners x1, y1, x2, y2 in pixels.
-    A resized crop takes one, [D]'s patches several (section 6).
+    A resized crop takes one, [D]'s patches several (Trainer.patch_loss).
 
     scale is the box's share of the area, as in [D]'s code, and ratio its width over its height, before
     a side longer than the image's is cut to it.
@@ -161,13 +162,13 @@ def random_flip(x, rng):
     """Mirror left and right with probability 1/2: [B,3,H,W] -> same."""
     flip = (torch.rand(len(x), generator=rng, device=x.device) < 0.5).long()            # [B]
     row = torch.arange(len(x), device=x.device) + len(x) * flip                         # [B]
-    return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes three times as fast as torch.where
+    return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes much faster than torch.where
 
 
 def random_grayscale(x, rng, p=0.2):
     """Take the colour away with probability p: float [B,3,H,W] -> same."""
     chosen = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < p            # [B,1,1,1]
-    return torch.lerp(x, TF.rgb_to_grayscale(x), chosen.to(x.dtype))   # twice as fast as torch.where
+    return torch.lerp(x, TF.rgb_to_grayscale(x), chosen.to(x.dtype))   # faster than torch.where
 
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
@@ -189,7 +190,7 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
 def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
     """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p, and
     no colour with probability grey: float [B,3,H,W] in 0..1 -> same."""
-    draws = torch.rand(6, len(x), 1, 1, generator=rng, device=x.device)
+    draws = torch.rand(6, len(x), 1, 1, generator=rng, device=x.device)                 # [6,B,1,1] for b, c, s, h, p, grey
     b, c, s, h = ((2 * u - 1) * most * (draws[4] < p) for u, most in zip(draws, jitter))            # [B,1,1] each
     return recolour(x, b, c, s, 2 * math.pi * h, (draws[5] < grey).to(x.dtype))
 
@@ -203,8 +204,9 @@ def random_change(x, rng):
         strength * (kind == i) for i in range(10))      # [B,1,1] each, in -1..1
     angle = turn * math.pi / 6                          # up to 30 degrees; shear and shift up to 0.3 of the side
     aspect = x.shape[3] / x.shape[2]                    # affine_grid has both sides from -1 to 1
-    affine = torch.cat([angle.cos(), (0.3 * shear_x - angle.sin()) / aspect, 0.6 * shift_x,
-                        (0.3 * shear_y + angle.sin()) * aspect, angle.cos(), 0.6 * shift_y], 1).view(-1, 2, 3)  # [B,2,3]
+    to_x = [angle.cos(), (0.3 * shear_x - angle.sin()) / aspect, 0.6 * shift_x]
+    to_y = [(0.3 * shear_y + angle.sin()) * aspect, angle.cos(), 0.6 * shift_y]
+    affine = torch.cat(to_x + to_y, 1).view(-1, 2, 3)   # [B,2,3]
     x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), align_corners=False)
     x = recolour(x, *(0.9 * change for change in (brightness, contrast, saturation)), 0 * strength)
     x = torch.where(x > 1 - solarize.abs()[..., None], 1 - x, x)                # invert what is above a threshold
@@ -227,17 +229,18 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     B, _, H, W = x.shape
     radius = min(H, W) // 20
     u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)                     # [B,1] each
-    t = torch.arange(-radius, radius + 1, device=x.device)                              # [T]
+    t = torch.arange(-radius, radius + 1, device=x.device)                              # [taps]
     sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
-    kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,T] exp(-t^2/2sigma^2), of sum 1
-    kernel = torch.where(chosen < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,T]
+    kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,taps] exp(-t^2/2sigma^2), of sum 1
+    kernel = torch.where(chosen < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,taps]
     x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colour is a channel
     x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=3 * B), kernel[:, None, None, :], groups=3 * B)
     return x.view(B, 3, H, W)
 
 
 def crop_view(x, rng, size=None):
-    """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1."""
+    """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1. size: unused, all views
+    are called alike."""
     return random_grayscale(random_flip(random_crop(x, rng), rng) / 255, rng)
 
 
@@ -337,6 +340,7 @@ class Expert(nn.Module):
 
 
 def batchnorms(net):
+    """The BatchNorm layers of a network."""
     return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
@@ -359,11 +363,11 @@ class Hybrid(nn.Module):
         self.amp = amp
         self.class_names = self.counts = self.stored = self.size = None         # see load()
         for m in batchnorms(self):
-            m.num_batches_tracked = None                # to count costs a launch a layer, and nothing reads it
+            m.num_batches_tracked = None                # counting costs a kernel launch a layer, nothing reads it
 
     def maps(self, x):
         """Each expert's feature map, float32 [B,width,h,w]."""
-        x = ((x - self.mean) / self.std).contiguous(memory_format=layout(x.device))
+        x = ((x - self.mean) / self.std).contiguous(memory_format=layout(x.device))    # layout: appendix
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             x = self.early(x)
             maps = [expert.last(x) for expert in self.experts]
@@ -389,22 +393,23 @@ class Hybrid(nn.Module):
 # 4. Losses: each is logsumexp over the candidates minus the similarity to a target
 #
 #          candidates in the logsumexp           target
-#   SC     all rows but the anchor               mean of the positives
+#   SC     all rows but the anchor               mean of the positives, the augmentation among them
 #   PSC    the prototypes of the other classes   the own class's prototype
-#   DSCL   all rows but the anchor, and memory   alpha * augmentation + (1-alpha) * mean of the positives
+#   DSCL   all rows but the anchor, and memory   alpha * augmentation + (1-alpha) * mean of the other positives
 #   PBSD   the augmentations and memory          their mean, weighted as the teacher sees them
 #
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
-# compute in float32 also inside autocast: at tau 0.07 a bfloat16 similarity is 4 % off in the
-# gradient. Rows that are no candidates get the lowest finite number for a similarity: -inf would turn a row
-# without candidates NaN. Means over positives come from the sums of whole classes, and the
-# logsumexp of many rows goes in blocks: both save memory and time, and neither changes the value.
+# compute in float32 also inside autocast: at tau 0.07 bfloat16 similarities put the gradient off by up
+# to several percent. Rows that are no candidates get the lowest finite number for a similarity: with -inf
+# an anchor without candidates would have a NaN gradient. Means over positives come from the sums of whole
+# classes, and the logsumexp of many rows goes in blocks: both save memory and time.
 # ---------------------------------------------------------------------------------------
 
 def sc_loss(z, y, tau=0.1):
     """Supervised contrastive loss [H eq. 1-2] [S, L_out]. A scalar, float32 (float64 stays).
 
     z: [B,D] unit embeddings, all views stacked.  y: [B] integer labels.  tau > 0.
+    P_i: the other rows with anchor i's label, its augmentation among them.
 
         L_i = -1/|P_i| sum_{j in P_i} log( exp(z_i.z_j/tau) / sum_{k != i} exp(z_i.z_k/tau) )
 
@@ -413,22 +418,22 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         labels = y.sort().values                                                   # [B]
-        group = torch.searchsorted(labels, y)                                      # [B] where its class begins in labels
+        group = torch.searchsorted(labels, y)                                      # [B] where its class begins: a number for it
         P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
-        candidates = torch.cat([block.logsumexp(1) for block in s])                # [B] from blocks [512,B]: they save memory
+        candidates = torch.cat([rows.logsumexp(1) for rows in s])                # [B] from blocks [512,B]: they save memory
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
 
 
 def psc_loss(z, y, prototypes, tau=0.1):
-    """Prototypical supervised contrastive loss [H, L_PSC]. A scalar, float32 (float64 stays).
+    """Prototypical supervised contrastive loss [H, PSC loss]. A scalar, float32 (float64 stays).
 
     z: [B,D] unit embeddings.  y: [B] labels 0..C-1.  prototypes: [C,D], normalised here, C > 1.
 
-        L_i = -log( exp(z_i.p_y/tau) / sum_{c != y} exp(z_i.p_c/tau) )
+        L_i = -log( exp(z_i.p_{y_i}/tau) / sum_{c != y_i} exp(z_i.p_c/tau) )
 
     The own class is not in the denominator, so the loss can be negative. Costs O(B*C), SC O(B*B).
     Raises ValueError for a single prototype: there is nothing to contrast with.
@@ -447,15 +452,15 @@ def psc_loss(z, y, prototypes, tau=0.1):
 def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     """Decoupled supervised contrastive loss [D, L_dscl]. A scalar, float32 (float64 stays).
 
-    q: [N,D] the anchors.  k: [N,D] their augmentations, all of length 1; it gets a gradient too.  y: [N] labels >= 0.
-    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot; both or none (ValueError).
-    M_i: the rows of q and k of the other images, and the queue.  P_i: the rows of M_i with anchor i's label.
+    q: [N,D] the anchors z_i.  k: [N,D] their augmentations z_i+; both get a gradient.  y: [N] labels >= 0.
+    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot (any finite row); both or none (ValueError).
+    All are of length 1.  M_i: the rows of q and k of the other images, and the queue.  P_i: those of M_i with z_i's label.
 
         L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
         w_t = alpha (|P_i|+1)  for the augmentation i+,   (1-alpha) (|P_i|+1)/|P_i|  for a row of P_i
 
-    The weights add up to |P_i|+1, hence the form below. SC pulls augmentation and class by
-    1 : |P_i|, less and less as the class grows; here it is alpha : 1-alpha for head and tail.
+    The weights add up to |P_i|+1, hence the form below. In SC the augmentation pulls 1 : |P_i| against the class, the
+    weaker the larger the class; here it is alpha : 1-alpha for head and tail.
     An anchor alone in its class gives all the weight to its augmentation.
     """
     if (queue is None) != (queue_y is None):
@@ -467,7 +472,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the positives, by sums over the classes of the batch: no N x K mask
         labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
-        group = torch.searchsorted(labels, y)                                      # [N] where its class begins in labels
+        group = torch.searchsorted(labels, y)                                      # [N] where its class begins: a number for it
         # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
         theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K]
         known = (labels[theirs] == queue_y).to(q.dtype)                            # [K]
@@ -488,9 +493,9 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     """Patch-based self-distillation [D, L_pbsd]. A scalar, float32 (float64 stays).
 
-    c: [N,L,D] teacher, patches pooled from the feature map; no gradient flows into it.
-    s: [N,L,D] student, the same patches cut from the pixels.  candidates: [K,D], all of length 1.
-    valid: [K] bool, False for an empty slot, True for one at least; None: all are candidates.
+    c: [N,L,D] teacher, patches pooled from the feature map; no gradient flows into it.  All are of length 1.
+    s: [N,L,D] student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue.
+    valid: [R+K] bool, False for an empty slot, True for one at least; None: all are candidates.
 
         L_pbsd = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
 
@@ -499,9 +504,9 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     with torch.autocast(s.device.type, enabled=False):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
         c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
-        empty = None if valid is None else torch.finfo(s.dtype).min * (~valid).to(s.dtype)     # [K] added to the logits
-        p = F.linear(c / tau, candidates.detach(), empty).softmax(-1)              # [N,L,K]
-        logits = F.linear(s / tau, candidates, empty)                              # [N,L,K]
+        empty = None if valid is None else torch.finfo(s.dtype).min * (~valid).to(s.dtype)     # [R+K] added to the logits
+        p = F.linear(c / tau, candidates.detach(), empty).softmax(-1)              # [N,L,R+K]
+        logits = F.linear(s / tau, candidates, empty)                              # [N,L,R+K]
         return F.cross_entropy(logits.flatten(0, -2), p.flatten(0, -2))
 
 
@@ -521,7 +526,7 @@ def embedding_statistics(q, k, y):
 # 5. Curriculum: from features to classifier [H], and the learning rate
 # ---------------------------------------------------------------------------------------
 
-CURRICULA = {  # the contrast weight at t = T/Tmax in 0..1; [H]'s choice first, then its ablation
+CURRICULA = {  # the contrast weight at t = T/Tmax in 0..1; [H]'s choice first, then alternatives
     "parabolic": lambda t: 1 - t ** 2,
     "linear": lambda t: 1 - t,
     "cosine": lambda t: math.cos(math.pi / 2 * t),
@@ -537,7 +542,7 @@ def contrast_weight(epoch, epochs, curriculum="parabolic"):
 
 
 def learning_rate(t, c):
-    """At t > 0 epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after
+    """The one at t > 0 epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after
     80 % of --epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
     stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: the settings, train.Config;
     lr, epochs, warmup, schedule, stage2_epochs and stage2_lr are read."""
@@ -614,7 +619,7 @@ class Trainer:
         self.x, self.x_test = (ImageFiles(part.paths, stored) if files else part.to(self.device) for part in (x, data.x_test))
         self.y, self.y_test = y.to(self.device), data.y_test
         self.counts = torch.bincount(y)                                                         # [C]
-        self.class_size = self.counts.to(self.device)                                           # [C] the same, there
+        self.class_size = self.counts.to(self.device)                                           # [C] counts, on the device
 
     def look_at_data(self):
         """Sets the sizes of images and views and the augmentation. Returns mean and standard deviation [3] of the
@@ -625,8 +630,8 @@ class Trainer:
         require(min(pixels.shape[2:]) >= 8, f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels: "
                 "a side needs 8 or more")
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
-        self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network brings others,
-        self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored    # and of the views cut out of them
+        self.stored = list(pixels.shape[2:])            # [h,w] of the images: load()'s network brings others to it
+        self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored            # [h,w] of the views
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         return mean, std.clamp(min=1 / 255)
 
@@ -655,7 +660,7 @@ class Trainer:
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.parallel = None
-        for e in net.experts:                           # or DistributedDataParallel waits for their gradients
+        for e in net.experts:                           # what is unused: DistributedDataParallel would wait for its gradient
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
         if self.ranks > 1:
@@ -677,9 +682,9 @@ class Trainer:
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
     def batches(self, N, steps):
-        """The rows of an epoch's batches [steps,n]: n = N instance-balanced rows, for the feature branch
-        and for a classifier that takes them, and as many class-balanced ones for a classifier that doesn't.
-        Of several processes each gets its part of both."""
+        """The rows of an epoch's batches [steps,n]: N instance-balanced ones, which the classifier shares, or N more of its
+        own, class-balanced, after them (those alone where nothing is contrasted). Of several processes each gets its
+        part of both."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
@@ -714,8 +719,8 @@ class Trainer:
             rng.manual_seed(int(state))
 
     def contrast_loss(self, q, k, y, prototypes, queue):
-        """Of one expert's embeddings of two views, [N,D] each. Both views are anchors in turn; the keys
-        of a momentum encoder never are [D]."""
+        """Of one expert's embeddings of two views, [N,D] each, its prototypes [C,D] and queue [K,D]. Both views are anchors
+        in turn; the keys of a momentum encoder never are [D]."""
         c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
         if c.method == "sc":
             return sc_loss(z, yy, c.tau)
@@ -726,29 +731,31 @@ class Trainer:
 
     def patch_loss(self, view, maps, keys):
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
-        map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,N,D], of all processes."""
+        map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,R,D]."""
         c, (N, _, H, W) = self.config, view.shape
         # 64 of 224 pixels [D, settings]; small images need more to show anything
         side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
-        patches = AUGMENTATIONS[self.aug][3](cut(view, boxes, side), self.rng)              # [N*L,3,side,side]
+        *_, change = AUGMENTATIONS[self.aug]
+        patches = change(cut(view, boxes, side), self.rng)                                      # [N*L,3,side,side]
         # patches would spoil the running statistics, on which the evaluation of whole images relies
         for m in batchnorms(self.net):
             m.track_running_stats = False
         students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
         # padded convolutions centre cell i on pixel i * stride, not on the middle of its tile: hence the shift
+        # (aligned=False, as [D]'s code has it, lies half a pixel beside it)
         stride = 4 if c.net in CIFAR_NETS else 32
         with torch.no_grad():
             teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
         for m in batchnorms(self.net):
             m.track_running_stats = True
-        valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [N+K] keys and full slots
+        valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [R+K] keys and full slots
         losses = [pbsd_loss(t, s, torch.cat([k, queue]), c.tau, valid)
                   for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
         return sum(losses) / c.experts
 
     def contrast(self, views, maps, y):
-        """The feature branch: its losses with what shows whether it learns, and the keys [E,N,D] with their labels.
+        """The feature branch: its losses with what shows whether it learns, and the keys [E,R,D] with their labels [R].
         maps: [2N,width,h,w] of each expert, with a momentum encoder the query's [N,width,h,w] alone."""
         N = len(y)
         z = self.net.embed(maps)                                            # [E,2N,D]; [E,N,D] with a momentum encoder
@@ -756,7 +763,7 @@ class Trainer:
         if self.key_encoder:
             with torch.no_grad():
                 k = self.key_encoder.embed(self.key_encoder.maps(views[1]))
-        q, k, y = gather(q, 1), gather(k, 1), gather(y)                     # of all processes (gather: appendix)
+        q, k, y = gather(q, 1), gather(k, 1), gather(y)     # [E,R,D], [E,R,D], [R] of all processes (gather: appendix)
         losses = [self.contrast_loss(q_e, k_e, y, e.prototypes, queue)          # of each expert
                   for q_e, k_e, e, queue in zip(q, k, self.net.experts, self.queue)]
         parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
@@ -788,7 +795,7 @@ class Trainer:
         return dict(loss=loss, **parts), keys
 
     def remember(self, keys, y):
-        """The keys [E,N,D] join the queue at its end, the N oldest leave it [D, as MoCo]."""
+        """The keys [E,R,D] join the queue at its end, the R oldest leave it [D, as MoCo]."""
         self.queue = torch.cat([self.queue, keys], 1)[:, len(y):]                               # [E,K,D]
         self.queue_y = torch.cat([self.queue_y, y])[len(y):]                                    # [K]
 
@@ -896,10 +903,12 @@ class Trainer:
         require(state["class_names"] == self.class_names and state["fingerprint"] == self.fingerprint,
                 "the training images are not those that the run began with: --data or the files in it have changed")
         try:
-            saved = [state[name] for name in ("net", "key_encoder", "averaged", "scaler")] + state["optimizers"]
-            for part, its in zip((self.net, self.key_encoder, self.averaged, self.scaler, *self.optimizers), saved):
-                if part and (its or part is not self.scaler):       # a scaler that was off has no state
-                    part.load_state_dict(copy.deepcopy(its))    # optimisers would keep its tensors
+            nets = [(getattr(self, name), state[name]) for name in ("net", "key_encoder", "averaged")]
+            for part, its in nets + list(zip(self.optimizers, state["optimizers"])):
+                if part:
+                    part.load_state_dict(copy.deepcopy(its))            # optimisers would keep its tensors
+            if state["scaler"]:                         # one that was off has no state
+                self.scaler.load_state_dict(state["scaler"])
             self.queue.copy_(state["queue"])
             self.queue_y.copy_(state["queue_y"])
             self.epoch, self.evaluated = state["epoch"], state["evaluated"]
@@ -1202,6 +1211,7 @@ def layout(device):
 
 
 def pick_amp(name, device):
+    """The dtype of --amp on this device; None is float32."""
     if name == "auto":
         name = ("off" if device.type != "cuda" else
                 "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
