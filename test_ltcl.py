@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import functools
 import gc
 import importlib.util
 import inspect
@@ -35,6 +36,15 @@ import ltcl
 import train
 
 HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes_are_drawn_once():
+    """It takes seconds."""
+    draw = ltcl.draw_shapes
+    ltcl.draw_shapes = functools.cache(draw)
+    yield
+    ltcl.draw_shapes = draw
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -136,9 +146,9 @@ def test_losses_against_double_loops(labels, tau):
 
 
 def test_losses_against_the_textbook():
-    q, k, m, y = unit(40, 16), unit(40, 16, seed=1), unit(300, 16, seed=2), torch.arange(40) % 10
+    q, k, m, y = unit(600, 16), unit(600, 16, seed=1), unit(9000, 16, seed=2), torch.arange(600) % 10    # more than a block of each
     torch.testing.assert_close(ltcl.sc_loss(q, y), textbook_sc(q, y), check_dtype=False)
-    queue_y = torch.arange(300) % 13
+    queue_y = torch.arange(9000) % 13
     torch.testing.assert_close(ltcl.dscl_loss(q, k, y, m, queue_y), textbook_dscl(q, k, y, m, queue_y), check_dtype=False)
 
 
@@ -196,9 +206,16 @@ def test_dscl_draws_the_augmentation_with_probability_alpha():
     torch.testing.assert_close(sc, torch.tensor([1 / 3, 1 / 7, 1 / 15]).double(), rtol=0.05, atol=0)
 
 
-def all_losses(z, y, tau, k=None):
+def test_embedding_statistics():
+    z, y = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), torch.tensor([0, 0, 1, 2])
+    for q, expected in ((z, dict(cos_positive=1 / 3, cos_negative=-0.2, spread=1)),     # 4 - 2 of 6 pairs, -2 of 10
+                        (z[:1].expand(4, 2), dict(cos_positive=1, cos_negative=1, spread=0))):
+        assert {name: v.item() for name, v in ltcl.embedding_statistics(q, q, y).items()} == pytest.approx(expected)
+
+
+def all_losses(z, y, tau):
     p = torch.eye(8, z.shape[1], dtype=z.dtype) + 0.1
-    return [ltcl.sc_loss(z, y, tau), ltcl.psc_loss(z, y, p, tau), ltcl.dscl_loss(z, z if k is None else k, y, tau=tau),
+    return [ltcl.sc_loss(z, y, tau), ltcl.psc_loss(z, y, p, tau), ltcl.dscl_loss(z, z, y, tau=tau),
             ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau), ltcl.pbsd_loss(z[:, None].flip(0), z[:, None], z, tau)]
 
 
@@ -222,13 +239,6 @@ def test_losses_are_finite(labels, dtype):
             loss.backward()
             assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert loss.isfinite() and z.grad.isfinite().all()
-
-
-def test_sc_without_positives_is_zero_with_zero_gradient():
-    z = unit(4, 8).requires_grad_()
-    loss = ltcl.sc_loss(z, torch.arange(4))
-    loss.backward()
-    assert loss == 0 and (z.grad == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -265,13 +275,6 @@ def test_dscl_takes_queue_and_labels_together():
         ltcl.dscl_loss(unit(2, 4), unit(2, 4), torch.arange(2), unit(3, 4))
 
 
-def test_permuting_the_batch_changes_nothing():
-    y, order = torch.tensor([0, 0, 1, 2, 1, 0, 3, 4]), torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    z, k = unit(8, 8), unit(8, 8, seed=1)
-    for a, b in zip(all_losses(z, y, 0.1, k)[:3], all_losses(z[order], y[order], 0.1, k[order])[:3]):
-        torch.testing.assert_close(a, b)
-
-
 def test_losses_leave_autocast():
     z, y = unit(6, 8, dtype=torch.float32), torch.tensor(LABELS[0])
     outside = all_losses(z, y, 0.1)
@@ -298,12 +301,14 @@ def test_long_tail_totals(n_max, C, totals):
         counts = ltcl.long_tail_counts(n_max, C, imb)
         assert sum(counts) == total and counts[0] == n_max and counts[-1] == n_max // imb
     assert ltcl.long_tail_counts(n_max, C, 1) == [n_max] * C
+    assert ltcl.long_tail_counts(49, 2, 49) == [49, 1]  # 49 / 49 is below 1 in floats
 
 
 def test_shot_groups_of_cifar():
     for n_max, C, sizes in ((500, 100, [35, 35, 30]), (5000, 10, [8, 2, 0])):
         groups = ltcl.shot_groups(torch.tensor(ltcl.long_tail_counts(n_max, C, 100)))
         assert [int(g.sum()) for g in groups.values()] == sizes
+    assert [int(g.sum()) for g in ltcl.shot_groups(torch.tensor([101, 100, 20, 19])).values()] == [1, 2, 1]
 
 
 def test_long_tail_indices_follow_the_protocol():
@@ -360,7 +365,7 @@ def test_a_crop_is_a_window_of_the_padded_image(size):
                  if (image[:, i:i + size, j:j + size] == crop).all()]
         assert len(found) == 1
         shifts.update(found)
-    assert len(shifts) > 20
+    assert len(shifts) > 20 and {i for shift in shifts for i in shift} >= {0, 2 * pad}
 
 
 def test_boxes_keep_their_scale_ratio_and_image():
@@ -371,6 +376,9 @@ def test_boxes_keep_their_scale_ratio_and_image():
     area, ratio = w * h / (24 * 32), w / h
     assert 0.1 < area.min() < 0.11 and 0.29 < area.max() < 0.3001 and 0.749 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.331
     assert len({round(v, 3) for v in x1.flatten().tolist()}) > 1000     # drawn for every image and patch
+    assert torch.stack([x1, y1]).flatten(1).corrcoef()[0, 1].abs() < 0.1 and ratio.log().mean().abs() < 0.01
+    x1, y1, x2, y2 = ltcl.random_boxes(500, 1, 24, 32, rng, scale=(0.9, 1)).unbind(2)      # sides are cut to the image's
+    assert x1.min() >= 0 and y1.min() >= 0 and x2.max() <= 32.0001 and y2.max() <= 24.0001
     x1, y1, x2, y2 = ltcl.random_boxes(500, 4, 32, 32, rng, scale=(0.1, 0.3), side_scale=True).unbind(2)
     assert 3.19 < (x2 - x1).min() < 3.4 and 9.4 < (x2 - x1).max() < 9.61
     assert (y2 - y1).min() < 2.8 and (y2 - y1).max() > 11
@@ -409,6 +417,9 @@ def test_colours():
         for image, out in zip(x, ours):
             theirs = [getattr(tv, f"adjust_{adjust}")(image, f) for f in torch.linspace(0.8, 1.2, 401)]
             assert min((t - out).abs().max() for t in theirs) < 2e-3
+    b, c, s = torch.full((3, 1, 1, 1), 0.2)             # all at once are one after the other
+    all_three = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x[:1], 1.2), 1.2), 1.2)
+    torch.testing.assert_close(ltcl.recolour(x[:1], b, c, s, 0 * s), all_three, rtol=0, atol=1e-3)
     turned = ltcl.random_jitter(x, rng, (0, 0, 0, 0.1), p=1, grey=0)
     torch.testing.assert_close(turned.mean(1), x.mean(1), rtol=0, atol=0.02)
     assert (turned - x).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.9
@@ -427,6 +438,10 @@ def test_strong_changes():
     for i in (kind == 0).nonzero()[:, 0].tolist():      # a turn doesn't stretch what is not square
         turned = torchvision.transforms.functional.rotate(wide[i], 30 * strength[i].item(), torchvision.transforms.InterpolationMode.BILINEAR)
         torch.testing.assert_close(changed[i], turned, rtol=0, atol=1e-4)
+    for i in (kind == 3).nonzero()[:, 0].tolist():      # a shift is by up to 0.3 of the side
+        assert (changed[i, :, 8] == 0).all(0).sum().item() == pytest.approx(0.3 * 48 * abs(strength[i].item()), abs=1.01)
+    for i in (kind == 9).nonzero()[:, 0].tolist():      # posterised: 16 to 256 levels
+        assert len(changed[i].unique()) <= 2 ** (8 - 4 * abs(strength[i].item())) + 1
     half = torch.linspace(0, 1, 32).expand(500, 3, 32, 32).contiguous()
     over = ltcl.random_change(half, torch.Generator().manual_seed(1))
     falls = (over[:, 0, 16, :-1] - over[:, 0, 16, 1:]).amax(1) > 0.3        # solarised: up, then down
@@ -455,7 +470,7 @@ def test_hold_out():
 
 
 def test_averaged_weights_are_evaluated_saved_and_loaded(tiny, tmp_path):
-    assert train.main([*tiny, "--average", "0.5", "--logits", "cosine", "--hidden", "48", "--dim", "24", "--out", str(tmp_path / "run")]) == 0
+    assert train.main([*tiny, "--average", "0.5", "--experts", "2", "--logits", "cosine", "--hidden", "48", "--dim", "24", "--out", str(tmp_path / "run")]) == 0
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     net, weight = ltcl.load(tmp_path / "run", "cpu"), "experts.0.classifier.weight"
     assert net.experts[0].head[3].weight.shape == (24, 48)
@@ -499,7 +514,9 @@ def test_a_teacher_looks_at_the_middle_of_its_box(name, side, monkeypatch):
 
 def test_half_of_the_resized_views_are_mirrored():
     ramp = torch.arange(40, dtype=torch.uint8).expand(400, 3, 40, 40)
-    falling = (ltcl.resized_view(ramp, torch.Generator().manual_seed(0), 8).diff(dim=3) < 0).flatten(1)
+    views = ltcl.resized_view(ramp, torch.Generator().manual_seed(0), 8)
+    falling = (views.diff(dim=3) < 0).flatten(1)
+    assert views.amin() < 3 / 255 and views.amax((1, 2, 3)).sub(views.amin((1, 2, 3))).max() > 34 / 255     # some show it all
     assert 160 < falling.any(1).sum() < 240 and (falling.all(1) == falling.any(1)).all()
 
 
@@ -509,6 +526,14 @@ def test_views_of_large_images():
     for view in (*ltcl.AUGMENTATIONS["resized"][:3], ltcl.colour_view):
         out = view(x, rng, 64)
         assert out.shape == (8, 3, 64, 64) and 0 <= out.min() and out.max() <= 1 and out.std() > 0.05
+    x = x.repeat(8, 1, 1, 1)
+    sharp, query = (view(x, torch.Generator().manual_seed(0), 64) for view in (ltcl.colour_view, ltcl.query_view))
+    assert 20 < (sharp == query).flatten(1).all(1).sum() < 44           # half of the queries are blurred
+    x[:, 0], x[:, 1:] = 150, 50                         # a key keeps its hue
+    key = ltcl.key_view(x, rng, 64)
+    assert (key[:, 1] - key[:, 2]).abs().max() < 1e-5 and (key[:, 0] - key[:, 1]).min() > 0.05
+    hidden = [(view(x, rng, 64) == 0.5).all(1).sum((1, 2)).min() for view in ltcl.AUGMENTATIONS["strong"][:3]]
+    assert hidden[0] == hidden[1] == 0 < hidden[2]      # Cutout is the classifier's alone
 
 
 # --- networks, curriculum, trainer ---------------------------------------------------------
@@ -519,6 +544,12 @@ def test_parameter_counts(net, parameters):             # He et al. 2016, table 
     parts = hybrid.early, hybrid.experts[0].last, hybrid.experts[0].classifier
     assert sum(p.numel() for part in parts for p in part.parameters()) == parameters
     assert hybrid(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+    assert hybrid.experts[0].last[0].conv1.weight.shape == (64, 32, 3, 3)       # an expert has the whole last stage
+    x = torch.rand(2, 3, 28, 28)
+    expected = hybrid.eval()((x - 0.5) / 0.25)
+    hybrid.mean += 0.5
+    hybrid.std *= 0.25
+    torch.testing.assert_close(hybrid(x), expected)
     z = hybrid.embed(hybrid.maps(torch.rand(4, 3, 64, 64)))
     torch.testing.assert_close(z.norm(dim=2), torch.ones(1, 4))
 
@@ -530,6 +561,7 @@ def test_curricula_and_learning_rate():
     c = train.Config.of(dataset="cifar100")
     assert [ltcl.learning_rate(t, c) for t in (1, 5, 120, 120.1, 160, 160.1, 200)] == pytest.approx(
         [0.1, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+    assert [ltcl.learning_rate(200 + t, c) for t in (1, 20, 20.1, 30, 30.1, 40)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     c.schedule = "cosine"
     assert ltcl.learning_rate(102.5, c) == pytest.approx(0.25) and ltcl.learning_rate(200, c) == pytest.approx(0)
     c.epochs = 5                                        # a short run warms up for a fifth of it
@@ -731,6 +763,8 @@ def test_a_step_copies_nothing_from_the_host(settings):
         trainer.step(trainer.x[rows], trainer.y[rows], 8, trainer.optimizers[0])
         with pytest.raises(AssertionError):
             torch.ones(3)[[0, 1]]
+    if not trainer.config.curriculum == "two-stage":    # DistributedDataParallel waits for every gradient
+        assert all((p.grad is not None) == p.requires_grad for p in trainer.net.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -761,6 +795,13 @@ def test_batches_of_the_classifier(method):
             torch.testing.assert_close(torch.bincount(trainer.y[contrast].flatten()) / 3200, trainer.counts / 21, rtol=0.1, atol=0)
 
 
+def test_the_second_stage_of_cross_entropy_is_class_balanced():
+    trainer = tiny_trainer(method="ce", curriculum="two-stage")
+    for trainer.epoch, share in ((0, 12 / 21), (2, 1 / 3)):
+        classes = trainer.y[torch.cat([trainer.batches(8, 2) for _ in range(200)])]
+        assert (classes == 0).double().mean().item() == pytest.approx(share, rel=0.1)
+
+
 def test_logit_adjustment_is_balanced_softmax():
     trainer = tiny_trainer(method="ce", classifier="logit-adjusted", aug="crop")
     logits, y = torch.randn(1, 3, 3), torch.tensor([0, 2, 1])
@@ -775,12 +816,24 @@ def test_patches_leave_batchnorm_alone():
     view, before = torch.rand(8, 3, 8, 8), {k: v.clone() for k, v in trainer.net.state_dict().items()}
     trainer.net.train()
     maps = [torch.rand(8, 64, 2, 2)]
-    loss = trainer.patch_loss(view, maps, F.normalize(torch.randn(1, 8, 128), dim=2))
+    keys = F.normalize(torch.randn(1, 8, 128), dim=2).requires_grad_()
+    loss = trainer.patch_loss(view, maps, keys)
     loss.backward()
+    assert keys.grad is None
     assert all(torch.equal(before[k], v) for k, v in trainer.net.state_dict().items())
     assert trainer.net.early[0].weight.grad.abs().sum() > 0
     trainer.net(view)
     assert not torch.equal(before["early.1.running_mean"], trainer.net.state_dict()["early.1.running_mean"])
+
+
+def test_patches_have_their_size_and_an_empty_queue_is_none(monkeypatch):
+    sizes, losses, cut, keys = [], [], ltcl.cut, unit(1, 8, 128, dtype=torch.float32)
+    monkeypatch.setattr(ltcl, "cut", lambda x, boxes, size, *rest: sizes.append(size) or cut(x, boxes, size, *rest))
+    for settings in (dict(), dict(queue=16), dict(aug="resized"), dict(patch_size=10)):
+        trainer = tiny_trainer(**settings)
+        trainer.reseed(0)
+        losses.append(trainer.patch_loss(torch.ones(8, 3, 56, 56), [torch.ones(8, 64, 14, 14)], keys).item())
+    assert sizes[::2] == [28, 28, 16, 10] and losses[0] == pytest.approx(losses[1])
 
 
 def test_two_stages():
@@ -797,9 +850,9 @@ def test_two_stages():
 
 
 def test_thinning_what_is_no_balanced_set_warns(tmp_path, capsys):
-    for n, warned in (((12, 12, 12), False), ((12, 6, 3), False), ((6, 3, 12), True)):
+    for n, imb, warned in (((12, 12, 12), "2", False), ((12, 6, 3), "2", False), ((6, 3, 12), "2", True), ((3, 6, 12), "1", False)):
         path = write_npz(tmp_path / "uneven.npz", **arrays(n=n))
-        argv = ["--dataset", path, *TINY, "--epochs", "1", "--method", "ce", "--imb", "2", "--out", str(tmp_path / str(n))]
+        argv = ["--dataset", path, *TINY, "--epochs", "1", "--method", "ce", "--imb", imb, "--out", str(tmp_path / str(n))]
         assert train.main(argv) == 0
         assert ("too few images for their place" in capsys.readouterr().err) == warned
 
@@ -816,6 +869,9 @@ def test_evaluation_before_the_second_stage_warns(tiny, tmp_path, monkeypatch, c
         assert train.main(["--predict", str(tmp_path / "run"), write_picture(tmp_path / "a.png")]) == 0
         assert ("second stage" in capsys.readouterr().err) == warned
         assert train.main([*argv, "--resume"]) == 0
+    capsys.readouterr()
+    train.warn_untrained(dict(config=dict(curriculum="two-stage", method="ce", epochs=2), epoch=1, history=[]))
+    assert capsys.readouterr().err == ""                # cross-entropy has a classifier in its first stage, too
 
 
 def test_experts_share_the_early_stages_and_average_their_logits():
@@ -831,14 +887,16 @@ def test_experts_share_the_early_stages_and_average_their_logits():
     assert all(not torch.equal(a, e.last[0].conv1.weight) for a, e in zip(start, trainer.net.experts))
 
 
-@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30, hidden=48, dim=24), dict(ema=0.5), dict(aug="resized"),
+@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30, hidden=48, dim=24), dict(ema=0.5, batch_size=21), dict(aug="resized"),
                                       dict(method="ce", curriculum="two-stage", stage2_epochs=1),
                                       dict(method="psc", experts=2), dict(curriculum="two-stage", stage2_epochs=1)])
 def test_combinations_train(settings):
     trainer = tiny_trainer(**settings)
+    start = weights(trainer)
     for _ in range(trainer.epochs):
-        last = trainer.train_epoch()
-    assert math.isfinite(last["loss"]) and trainer.evaluate()["top1"] is not None
+        trainer.train_epoch()                           # which looks for losses that are no numbers
+    assert not torch.equal(weights(trainer), start)
+    trainer.evaluate()
 
 
 def test_torchvisions_networks():
@@ -868,6 +926,8 @@ def test_evaluation_now_and_then(tiny, tmp_path):
 def test_mixed_precision_on_the_cpu(tiny, tmp_path):
     for amp in ("bf16", "fp16"):
         assert train.main([*tiny, "--amp", amp, "--out", str(tmp_path / amp)]) == 0
+        state = torch.load(tmp_path / amp / "last.pt", weights_only=True)
+        assert bool(state["scaler"]) == (amp == "fp16")         # bfloat16 needs no loss scale
 
 
 @pytest.mark.parametrize("amp, capability, warned", [("bf16", "AVX2", True), ("bf16", "AVX512", False), ("off", "AVX2", False)])
@@ -925,7 +985,7 @@ def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["class_names"] == ["class0", "class1", "class2", "class3"] and (saved["queue_y"] >= 0).sum() == 18
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert log[0]["loss_pbsd"] > 0 and log[0]["loss_ce"] is None and log[1]["loss_contrast"] is None
+    assert log[0]["loss_pbsd"] > 0 and log[0]["loss_ce"] is None is log[0]["top1"] and log[1]["loss_contrast"] is None
     assert (tmp_path / "run" / "views.png").stat().st_size > 1000
 
 
@@ -988,10 +1048,15 @@ def test_a_trainer_goes_with_its_name():
 
 def test_a_young_average_forgets_the_first_weights():
     trainer = tiny_trainer(method="ce", average=0.999)
-    start = weights(trainer)
+    start, decays, follow = weights(trainer), [], trainer.follow
+    trainer.follow = lambda slow, decay: decays.append(decay) or follow(slow, decay)
     trainer.train_epoch()
     average = torch.cat([t.flatten() for t in trainer.averaged.state_dict().values()])
     assert (average - weights(trainer)).norm() < 0.3 * (start - weights(trainer)).norm()
+    trainer.evaluate()                                  # by its running statistics, which it leaves as they are
+    assert torch.equal(average, torch.cat([t.flatten() for t in trainer.averaged.state_dict().values()]))
+    trainer.train_epoch()
+    assert decays == [(1 + t) / (10 + t) for t in range(4)]
 
 
 def test_data_of_ones_own(monkeypatch, tmp_path):
@@ -1000,8 +1065,11 @@ def test_data_of_ones_own(monkeypatch, tmp_path):
     data = tiny_data()
     data.x_train = data.x_train.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)        # NHWC in memory
     data.class_names = np.array(data.class_names)
+    data.x_train[:, 2] = 0                              # a colour that isn't there
+    state = torch.get_rng_state()
     trainer = ltcl.Trainer(config, data)
     trainer.train_epoch()
+    assert torch.equal(state, torch.get_rng_state())    # the caller's stream
     torch.save(trainer.state_dict(), tmp_path / "a.pt")
     assert ltcl.load(tmp_path / "a.pt", "cpu").class_names == ["a", "b", "c"]
     for change in (dict(x_train=data.x_train / 255), dict(y_train=data.y_train.int()), dict(y_train=2 * data.y_train),
@@ -1009,6 +1077,52 @@ def test_data_of_ones_own(monkeypatch, tmp_path):
                    dict(x_train=data.x_train[:, :1], x_test=data.x_test[:, :1])):
         with pytest.raises(ltcl.InputError, match="the data"):
             ltcl.Trainer(config, dataclasses.replace(data, **change))
+
+
+def test_every_setting_changes_the_weights():
+    def after(**settings):
+        trainer = tiny_trainer(**dict(curriculum="constant", queue=30) | settings)
+        trainer.train_epoch()
+        return weights(trainer)
+
+    plain = after()
+    for name, value in dict(lr=0.1, momentum=0.5, weight_decay=0.1, tau=1.0, alpha=0.5, pbsd=0.5, patches=3, patch_size=6, box_scale="side",
+                            ema=0.5, queue=0, classifier="instance-balanced", curriculum="linear", aug="resized",
+                            amp="bf16", seed=1).items():
+        assert not torch.equal(after(**{name: value}), plain), name
+
+
+def test_each_view_goes_where_it_belongs(monkeypatch):
+    trainer, seen = tiny_trainer(ema=0.9), []
+    views = [lambda x, rng, size, i=i: x + 100.0 * i for i in range(3)]
+    monkeypatch.setitem(ltcl.AUGMENTATIONS, "crop", (*views, ltcl.AUGMENTATIONS["crop"][3]))
+    for part, name in ((trainer.net, "maps"), (trainer.key_encoder, "maps"), (trainer, "patch_loss")):
+        monkeypatch.setattr(part, name, lambda x, *rest, real=getattr(part, name): seen.append(x[:, 0, 0, 0].tolist()) or real(x, *rest))
+    x = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 8, 8)       # of contrast, then of the classifier
+    trainer.step(x, torch.arange(16) % 3, 8, trainer.optimizers[0])
+    assert seen[:3] == [[*range(8), *range(208, 216)], [*range(100, 108)], [*range(8)]]   # query and classifier, key, patches
+
+
+def test_both_views_are_anchors_but_a_momentum_encoders():
+    q, k, p, queue, y = unit(8, 128), unit(8, 128, seed=1), unit(3, 128, seed=2), unit(0, 128), torch.arange(8) % 3
+    one, other = ltcl.dscl_loss(q, k, y), ltcl.dscl_loss(k, q, y)
+    both = torch.cat([q, k]), torch.cat([y, y])
+    for settings, expected in ((dict(), (one + other) / 2), (dict(ema=0.9), one), (dict(method="psc"), ltcl.psc_loss(*both, p)),
+                               (dict(method="sc"), ltcl.sc_loss(*both))):
+        torch.testing.assert_close(tiny_trainer(**settings).contrast_loss(q, k, y, p, queue), expected)
+
+
+def test_two_experts_that_are_alike_are_as_one():
+    one, two = tiny_trainer(), tiny_trainer(experts=2)
+    two.net.early.load_state_dict(one.net.early.state_dict())
+    for expert in two.net.experts:
+        expert.load_state_dict(one.net.experts[0].state_dict())
+    rows, parts = torch.arange(0, 21, 3), []
+    for trainer in (one, two):
+        trainer.reseed(0, 1)
+        parts.append(trainer.losses(*[trainer.x[rows], trainer.y[rows]] * 2)[0])
+    a, b = ({name: part.item() for name, part in its.items()} for its in parts)
+    assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_no_epoch_after_the_last():
@@ -1019,9 +1133,9 @@ def test_no_epoch_after_the_last():
 
 
 def test_small_images_of_one_size_go_into_memory(tmp_path):
-    write_tree(tmp_path, size=(32, 32))
+    write_tree(tmp_path, size=(64, 64))
     data = ltcl.load_dataset("folder", tmp_path)
-    assert data.x_train.shape == (19, 3, 32, 32) and data.x_test.shape == (8, 3, 32, 32)
+    assert data.x_train.shape == (19, 3, 64, 64) and data.x_test.shape == (8, 3, 64, 64)
     write_tree(tmp_path / "mixed", size=(32, 32))
     (tmp_path / "mixed" / "train" / "class0" / "0.png").write_bytes(
         (write_tree(tmp_path / "other", size=(30, 32)) / "train" / "class0" / "0.png").read_bytes())
@@ -1036,7 +1150,9 @@ def test_thinned_folder(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (80, 70)])
-def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd):
+def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd, monkeypatch):
+    evaluated, accuracy = [], ltcl.accuracy
+    monkeypatch.setattr(ltcl, "accuracy", lambda predicted, y, counts: evaluated.append(len(y)) or accuracy(predicted, y, counts))
     write_tree(tmp_path / "data", n=(90, 40), size=size, modes=("RGB",))        # one may be, for all its share
     for bad in (tmp_path / "data" / "train" / "class0" / "7.png", tmp_path / "data" / "val" / "class1" / "1.png"):
         bad.write_bytes(bad.read_bytes()[:100])
@@ -1047,7 +1163,7 @@ def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd):
             "--size", "32"]
     assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
     warnings = [line for line in capfd.readouterr().err.splitlines() if "is not a readable image" in line]
-    assert len(warnings) == 2 and any("7.png" in w for w in warnings) and any("1.png" in w for w in warnings)
+    assert evaluated == [203] and len(warnings) == 2 and any("7.png" in w for w in warnings) and any("1.png" in w for w in warnings)
     for i in (3, 4):                                    # 3 of 130
         (tmp_path / "data" / "train" / "class0" / f"{i}.png").write_bytes(b"")
     assert train.main([*argv, "--out", str(tmp_path / "run2")]) == 2
@@ -1115,13 +1231,14 @@ def test_a_folder_without_test_images(size, tmp_path, capsys):
     assert train.main(["--eval", str(tmp_path / "run")]) == 0
 
 
-def test_list_files(tmp_path, capsys):
+def test_list_files(tmp_path, capsys, monkeypatch):
     root = write_tree(tmp_path / "images", n=(100, 50), size=(32, 32), modes=("RGB",))
     for part in ("train", "val"):
         files = sorted((root / part).rglob("*.png"))
         (tmp_path / f"{part}.txt").write_text("".join(f"{p.relative_to(root).as_posix()} {p.parent.name[-1]}\n" for p in files))
     lists = ["--train-list", str(tmp_path / "train.txt"), "--test-list", str(tmp_path / "val.txt")]
-    data = ltcl.load_dataset("folder", root, *lists[1::2])
+    monkeypatch.chdir(tmp_path)                         # a list lies here or below --data
+    data = ltcl.load_dataset("folder", root, "train.txt", "val.txt")
     assert torch.bincount(data.y_train).tolist() == [100, 50] and data.class_names == ["0", "1"]
     argv = [*FOLDER, "--data", str(root), "--net", "resnet8", "--out", str(tmp_path / "run"), *lists]
     whole = (tmp_path / "train.txt").read_text()
@@ -1168,7 +1285,10 @@ def test_presets_are_the_papers_settings():
     assert (c.ema, c.queue, c.tau, c.alpha, c.patches, c.pbsd, c.curriculum) == (0.999, 65536, 0.07, 0.1, 5, 1.5, "two-stage")
     assert (c.stage2_epochs, c.stage2_batch, c.stage2_lr, c.imb) == (40, 2048, 10, 1)
     assert train.Config.of(dataset="inat18", method="sc").queue == 0
+    assert train.Config.of(dataset="inat18", method="ce", curriculum="parabolic").curriculum == "parabolic"    # its second stage left out
     assert train.Config.of(dataset="cifar10", method="psc").tau == 1 and train.Config.of(dataset="cifar100", method="psc").tau == 0.1
+    record = train.Config.of(dataset="cifar10", method="psc", recipe="record")
+    assert record.tau == 0.1 and train.settings_text(record) == "--recipe record"
 
 
 # --- nothing lost: stopping, killing and going on ------------------------------------------------
@@ -1207,7 +1327,7 @@ def interrupt(monkeypatch, at, number=signal.SIGINT):
     monkeypatch.setattr(ltcl.Trainer, "step", stepping)
 
 
-@pytest.mark.parametrize("flags", [["--method", "ce", "--average", "0.9"], ["--queue", "12", "--ema", "0.9"], ["--method", "psc", "--experts", "2", "--amp", "fp16"],
+@pytest.mark.parametrize("flags", [["--method", "ce", "--average", "0.9", "--save-every", "5"], ["--queue", "12", "--ema", "0.9"], ["--method", "psc", "--experts", "2", "--amp", "fp16"],
                                    ["--curriculum", "two-stage", "--stage2-epochs", "2", "--stage2-batch", "8"]])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_is_bit_identical(flags, number, tiny, tmp_path, monkeypatch, capsys):
@@ -1327,6 +1447,11 @@ def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
     assert run.wait(20) == -signal.SIGINT
 
 
+def test_ctrl_c_where_nothing_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_all", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert train.main([]) == 130 and capsys.readouterr().err == "stopped where no training was under way\n"
+
+
 def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     interrupt(monkeypatch, {2})                         # after 3 of 6 steps
@@ -1340,7 +1465,12 @@ def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
     write_npz(tmp_path / "tiny.npz", **arrays(n=(11, 6, 3)))
     refused(capsys, tmp_path, resume, "training images are not those")
     write_npz(tmp_path / "tiny.npz")
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert state["elapsed"] > 0
+    torch.save(state | dict(elapsed=1000.0), out / "last.pt")
     assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "fp16"]) == 0     # given again; no matter; rounding
+    taken = [json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert taken[1] > 1000 > taken[2]                   # with those before the stop
     assert "note: --amp goes from auto to fp16: the last digits change" in capsys.readouterr().err
     assert train.main(["--eval", str(out), "--amp", "off"]) == 0
     monkeypatch.setattr(train, "RANKS", 2)
@@ -1360,6 +1490,9 @@ def test_a_longer_run_where_the_schedule_allows_it(tiny, tmp_path, capsys):
     assert "note: --epochs goes from 10 to 20" in capsys.readouterr().err
     assert same_run(tmp_path / "run", tmp_path / "whole")
     refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--epochs", "40"], "--epochs 40", "start a new run")
+    for curriculum in ("constant", "parabolic"):        # whose contrast weight depends on --epochs
+        a, b = (train.course(train.Config.of(method="sc", warmup=0, curriculum=curriculum, epochs=n), 5) for n in (10, 20))
+        assert (a == b) == (curriculum == "constant")
 
 
 def test_resume_where_nothing_is_saved(tiny, tmp_path, capsys):
@@ -1367,8 +1500,6 @@ def test_resume_where_nothing_is_saved(tiny, tmp_path, capsys):
     assert train.main([*tiny, "--resume", "--out", str(out)]) == 0      # so that one command can be repeated
     (out / "last.pt").unlink()
     refused(capsys, tmp_path, ["--resume", "--out", out], "log.jsonl", "without its last.pt")
-    refused(capsys, tmp_path, [*tiny, "--out", out], "already holds a run")     # log.jsonl
-    refused(capsys, tmp_path, [*tiny, "--resume", "--out", out], "log.jsonl")   # and would be overwritten
 
 
 @pytest.fixture(scope="module")
@@ -1379,6 +1510,16 @@ def a_run(tmp_path_factory):
     return folder / "run"
 
 
+def test_views_are_piled_from_head_to_tail(a_run):
+    tiles = ltcl.read_picture(a_run / "views.png")[0, 4:, 4:].unfold(0, 64, 68).unfold(1, 64, 68)       # [rows,classes,64,64]
+    assert (tiles < 255).flatten(2).any(2).sum(0).tolist() == [8 + 3, 4 + 3, 1 + 3]         # and three views
+
+
+class Code:
+    def __reduce__(self):                               # what a pickle may do
+        return sys.exit, ("code in a checkpoint was run",)
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda whole: whole[:len(whole) // 2], ["damaged"]),
     (lambda whole: whole[:-1], ["damaged"]),
@@ -1386,7 +1527,7 @@ def a_run(tmp_path_factory):
     (lambda whole: b"hello", ["damaged"]),
     (lambda whole: saved([1, 2]), ["no checkpoint of this program"]),
     (lambda whole: saved(dict(net={}, epoch=3)), ["no checkpoint of this program"]),
-    (lambda whole: saved(torch.nn.Linear(2, 2)), ["no checkpoint of this program"]),    # it could run code
+    (lambda whole: saved(Code()), ["no checkpoint of this program"]),
     (lambda whole: changed(whole, config=dict(net="vgg")), ["don't fit", "settings"]),
     (lambda whole: changed(whole, config=dict(net="resnet8", colour="red")), ["don't fit", "settings"]),
     (lambda whole: changed(whole, net={}), ["fit"]),
@@ -1468,7 +1609,7 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
                 torch.testing.assert_close(rank[name][key], p.grad, rtol=0, atol=1e-12)
 
 
-def test_the_batches_of_two_processes_are_those_of_one():
+def test_the_batches_of_two_processes_are_those_of_one(monkeypatch):
     trainer, plans = tiny_trainer(method="sc"), []
     for trainer.rank, trainer.ranks in ((0, 1), (0, 2), (1, 2)):
         trainer.reseed(0)
@@ -1479,6 +1620,18 @@ def test_the_batches_of_two_processes_are_those_of_one():
         trainer.reseed(*place)
         draws.append(torch.rand(1, generator=trainer.rng).item())
     assert len(set(draws)) == 4 and draws[0] == draws[4]
+    trainer.config.seed = 1
+    trainer.reseed(0, 1, 0)
+    assert torch.rand(1, generator=trainer.rng).item() not in draws
+    trainer.rank, trainer.ranks, places, reseed = 0, 1, [], trainer.reseed
+    trainer.reseed = lambda *place: places.append(place) or reseed(*place)
+    trainer.train_epoch()
+    assert places == [(0,), (0, 1, 0), (0, 2, 0)]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))           # the other process has the same
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: None)
+    trainer.ranks, trainer.history = 2, [torch.arange(3.0)]
+    trainer.agree()
+    assert trainer.history[0].tolist() == [0, 1, 2]
 
 
 def test_a_batch_that_two_processes_cannot_share(monkeypatch):
@@ -1487,11 +1640,16 @@ def test_a_batch_that_two_processes_cannot_share(monkeypatch):
     for settings in (dict(batch_size=7), dict(curriculum="two-stage", stage2_batch=7)):
         with pytest.raises(ltcl.InputError, match="7 can't be shared by 2 processes"):
             tiny_trainer(**settings)
+    with pytest.raises(ltcl.InputError, match="two images a process"):
+        tiny_trainer(batch_size=2)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(ltcl.InputError, match="--batch-size 8"):
         tiny_trainer()
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda *_, **__: None)
+    unused = []
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda *_, find_unused_parameters, **__: unused.append(find_unused_parameters))
     assert tiny_trainer(batch_size=9).ranks == 3        # the unused second stage's 128 is no obstacle
+    tiny_trainer(batch_size=9, curriculum="two-stage", stage2_batch=9)
+    assert unused == [False, True]                      # a stage leaves weights without a gradient
 
 
 def two_processes(argv, script=None, **more):
@@ -1506,7 +1664,7 @@ def two_processes(argv, script=None, **more):
 
 
 def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
-    argv = [*tiny, "--queue", "10", "--ema", "0.9", "--epochs", "3"]
+    argv = [*tiny, "--queue", "10", "--ema", "0.9", "--epochs", "3", "--results", tmp_path / "results.csv"]
     script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import torch, train\n"
               "end = train.print_result\n"
               f"train.print_result = lambda t, s: (torch.save(t.state_dict(), f'{tmp_path}/{{t.rank}}.pt'), end(t, s))\n"
@@ -1518,6 +1676,7 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
     assert (a["queue_y"] >= 0).all() and a["ranks"] == 2 and a["epoch"] == 3
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "last.pt", "log.jsonl", "views.png"]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(train.read_results(tmp_path / "results.csv")) == 1
     assert [r["epoch"] for r in log] == [1, 2, 3] and all(math.isfinite(r[name]) for r in log for name in ("loss", "loss_pbsd", "spread"))
 
 
@@ -1540,6 +1699,7 @@ def test_two_processes_stop_go_on_and_end_together(tiny, tmp_path):
     for run in runs:
         err = run.communicate(timeout=60)[1]
         assert run.returncode == 128 + signal.SIGTERM, err
+        assert ("torchrun --nproc_per_node=2 train.py --resume --out" in err) == (run is runs[0])
     begun = torch.load(out / "last.pt", weights_only=True)["epoch"]
     assert begun >= 2
     runs = two_processes(["--resume", "--out", out])
@@ -1590,6 +1750,11 @@ def test_predict_takes_every_picture(a_run, tmp_path, capsys):
     for line in lines:
         percents = [float(word) for word in line.split(": ")[1].split() if word[0].isdigit()]
         assert len(percents) == 3 and sum(percents) == pytest.approx(100, abs=0.2) and percents == sorted(percents, reverse=True)
+    data = tiny_data(n=(4,) * 7)
+    data.class_names = list("abcdefg")
+    torch.save(ltcl.Trainer(train.Config.of(dataset="t.npz", net="resnet8", batch_size=8, device="cpu"), data).state_dict(), tmp_path / "7.pt")
+    assert train.main(["--predict", str(tmp_path / "7.pt"), pictures[0]]) == 0
+    assert capsys.readouterr().out.count(" %") == 5     # of seven classes the likeliest
     refused(capsys, tmp_path, ["--predict", a_run], "image files")
     refused(capsys, tmp_path, ["--predict", a_run, pictures[0], "--seed", "1"], "--seed")
     assert train.main(["--predict", str(a_run), str(tmp_path / "bad.png")]) == 2
@@ -1607,14 +1772,16 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     Image.fromarray(alpha, "RGBA").save(tmp_path / "alpha.png")
     x = ltcl.read_picture(tmp_path / "alpha.png")
     assert (x[:, :, :3] == 255).all() and (x[:, :, 3:] == 0).all()
+    Image.fromarray(pixels[..., 0]).convert("P").save(tmp_path / "palette.png", transparency=0)
+    assert (ltcl.read_picture(tmp_path / "palette.png") == 255).all()
     Image.fromarray((pixels[..., 0].astype(np.uint16) * 128)).save(tmp_path / "deep.png")
     assert ltcl.read_picture(tmp_path / "deep.png").unique().tolist() == [0, 127]
     Image.frombytes("I;16B", (6, 4), (pixels[..., 0].astype(np.uint16) * 128).astype(">u2").tobytes()).save(tmp_path / "big.tiff")
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
     assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
-    Image.fromarray(pixels[..., 0].astype(np.float32) / 510).save(tmp_path / "float.tiff")
-    assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, 127]
+    Image.fromarray(pixels[..., 0].astype(np.float32) / 255).save(tmp_path / "float.tiff")
+    assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, 255]
 
 
 def test_load(a_run, tmp_path):
@@ -1651,6 +1818,11 @@ def test_preprocess_gives_a_picture_the_shape_of_the_training_images(tmp_path):
     assert net.preprocess(write_picture(tmp_path / "other.png", size=(90, 40))).shape == (3, 24, 32)
 
 
+def test_a_run_of_a_hundred_steps_warns_of_nothing(tiny, tmp_path, capsys):
+    run = train.Run(train.Config.of(dataset=tiny[1], net="resnet8", batch_size=8, epochs=50, device="cpu", out=str(tmp_path / "run")), None)
+    assert capsys.readouterr().err == "" and run.left(10, 600) == "40.0 min left"
+
+
 def test_quiet(tiny, tmp_path, capsys):
     assert train.main([*tiny, "--quiet", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
@@ -1662,7 +1834,13 @@ def test_report(a_run, tiny, tmp_path, capsys, monkeypatch):
     assert train.main([*tiny, "--curriculum", "two-stage", "--stage2-epochs", "1", "--out", str(out)]) == 0
     capsys.readouterr()
     if importlib.util.find_spec("matplotlib"):
+        from matplotlib.axes import Axes
+        bar, heights, whole = Axes.bar, [], (out / "last.pt").read_bytes()
+        monkeypatch.setattr(Axes, "bar", lambda axes, x, height, **how: heights.append(height) or bar(axes, x, height, **how))
+        (out / "last.pt").write_bytes(changed(whole, counts=[6, 3, 12], evaluated=dict(by_class=[20.0, 10, 30])))
         assert train.main(["--report", str(out), str(a_run)]) == 0
+        assert heights[0] == [30, 20, 10]               # from the largest class to the smallest
+        (out / "last.pt").write_bytes(whole)
         assert str(out / "report.png") in capsys.readouterr().out and (out / "report.png").stat().st_size > 10000
         refused(capsys, tmp_path, ["--report", out / "last.pt"], "folder")
         (out / "last.pt").write_bytes(changed((out / "last.pt").read_bytes(), log=[]))
@@ -1762,6 +1940,8 @@ def test_other_pictures_are_another_run():
         other.load_state_dict(trainer.state_dict())
     a, b = (train.Config.of(dataset="folder", data=name) for name in ("a", "b"))
     assert train.run_key(a) != train.run_key(b) and train.run_name(a) != train.run_name(b)
+    one, moved, other = (ltcl.fingerprint(ltcl.ImageFiles([path], 8), trainer.y) for path in ("a/x.png", "b/x.png", "a/y.png"))
+    assert one == moved != other
     a, b = (train.Config.of(lr=lr) for lr in (0.10000001, 0.10000002))
     assert train.run_key(a) != train.run_key(b)
 
@@ -1865,6 +2045,7 @@ def refused(capsys, folder, argv, *words):
     (["--device", "abacus"], ["abacus", "cpu"]),
     (["--method", "sc", "--queue", "8"], ["--queue", "--method sc"]),
     (["--ema", "1.1"], ["--ema"]),
+    (["--method", "sc", "--ema", "0.9"], ["--ema", "--method sc"]),
     (["--pbsd", "-1"], ["--pbsd"]),
     (["--dim", "1"], ["--dim", "2 or more"]),
     (["--method", "ce", "--hidden", "64"], ["--hidden", "--method ce"]),
@@ -2020,7 +2201,8 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
 
 
 def test_a_loss_that_turns_nan(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ltcl, "learning_rate", lambda t, c: 0.01 if t <= 1 else 1e30)
+    monkeypatch.setattr(ltcl, "learning_rate", lambda t, c: 0.01 if t <= 1 else math.inf)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)       # and nothing broken is saved within an epoch
     out = tmp_path / "run"
     assert train.main([*tiny, "--epochs", "3", "--out", str(out)]) == 2
     warning, line = capsys.readouterr().err.splitlines()
