@@ -246,6 +246,22 @@ def course(c, epochs):
             for t in range(1, 100 * epochs + 1)]
 
 
+def refuse_another_run(old, new, given, began, out):
+    """Refuse what is given anew where the run in out, of which so many epochs have begun, would be another one."""
+    for name in given:
+        a, b = getattr(old, name), getattr(new, name)
+        moved = name == "dataset" and a.endswith(".npz") and b.endswith(".npz")         # the fingerprint knows the images
+        if a == b or name in NO_MATTER or moved:
+            continue
+        if name in ("epochs", "stage2_epochs"):
+            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: with {a}, the {began} epochs done had "
+                         "another learning rate or contrast weight than they would have had: start a new run")
+        else:
+            ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
+                         "or start a new run in another folder with --out")
+        say(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
+
+
 def opened(given, go_on):
     """The settings of a run and its saved state, None for a new one. With go_on, where --out holds a run, it is that
     one with what is given anew. Raises InputError for a setting that would make it another run."""
@@ -266,18 +282,7 @@ def opened(given, go_on):
     presets = any(getattr(old, name) != getattr(new, name) for name in ("dataset", "method", "recipe"))
     if not began and not presets:                       # saved at its start alone: other settings lose nothing
         return new, None
-    for name in given:
-        a, b = getattr(old, name), getattr(new, name)
-        moved = name == "dataset" and a.endswith(".npz") and b.endswith(".npz")         # the fingerprint knows the images
-        if a == b or name in NO_MATTER or moved:
-            continue
-        if name in ("epochs", "stage2_epochs"):
-            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: with {a}, the {began} epochs done had "
-                         "another learning rate or contrast weight than they would have had: start a new run")
-        else:
-            ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
-                         "or start a new run in another folder with --out")
-        say(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
+    refuse_another_run(old, new, given, began, out)
     if state["ranks"] != RANKS:
         say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
     return new, state
@@ -680,15 +685,15 @@ PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("sc", "
 def tables(rows):
     """Markdown: a table for each data set and imbalance, and the papers' grid if anything of it was run."""
     groups, text = {}, []
-    for row in rows:
-        dataset, imb, method, settings, _, epochs, *values = row
-        groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(values)
+    for dataset, imb, method, settings, _, epochs, *values in rows:
+        scores = values[:len(SCORES)]                   # without seconds, hardware and commit
+        groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(scores)
     for (dataset, imb), runs in groups.items():
         text += [f"**{dataset}, imbalance {imb}**", "",
                  "| method | settings | epochs | top-1 | many | medium | few | seeds |", "|---" * 8 + "|"]
         for (method, settings, epochs), same in runs.items():
-            *scores, _, _, _ = zip(*same)               # without seconds, hardware and commit
-            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {' | '.join(map(spread, scores))} | {len(same)} |")
+            means = " | ".join(map(spread, zip(*same)))
+            text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {means} | {len(same)} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
     grid = [[groups.get(column, {}).get((*which, "200")) for column in columns] for which in PAPER]
