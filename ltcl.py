@@ -424,7 +424,7 @@ def sc_loss(z, y, tau=0.1):
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
-        candidates = torch.cat([rows.logsumexp(1) for rows in s])                # [B] from blocks [512,B]: they save memory
+        candidates = torch.cat([rows.logsumexp(1) for rows in s])                  # [B] from blocks [512,B]: they save memory
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
 
 
