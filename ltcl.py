@@ -719,9 +719,9 @@ class Trainer:
             rng.manual_seed(int(state))
 
     def contrast_loss(self, q, k, y, prototypes, queue):
-        """Of one expert's embeddings of two views, [N,D] each, its prototypes [C,D] and queue [K,D]. Both views are anchors
+        """Of one expert's embeddings of two views, [R,D] each, its prototypes [C,D] and queue [K,D]. Both views are anchors
         in turn; the keys of a momentum encoder never are [D]."""
-        c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2N,D], [2N]
+        c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2R,D], [2R]
         if c.method == "sc":
             return sc_loss(z, yy, c.tau)
         if c.method == "psc":

@@ -213,9 +213,9 @@ def test_embedding_statistics():
         assert {name: v.item() for name, v in ltcl.embedding_statistics(q, q, y).items()} == pytest.approx(expected)
 
 
-def all_losses(z, y, tau):
+def all_losses(z, y, tau, k=None):
     p = torch.eye(8, z.shape[1], dtype=z.dtype) + 0.1
-    return [ltcl.sc_loss(z, y, tau), ltcl.psc_loss(z, y, p, tau), ltcl.dscl_loss(z, z, y, tau=tau),
+    return [ltcl.sc_loss(z, y, tau), ltcl.psc_loss(z, y, p, tau), ltcl.dscl_loss(z, z if k is None else k, y, tau=tau),
             ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau), ltcl.pbsd_loss(z[:, None].flip(0), z[:, None], z, tau)]
 
 
@@ -239,6 +239,13 @@ def test_losses_are_finite(labels, dtype):
             loss.backward()
             assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_sc_without_positives_is_zero_with_zero_gradient():
+    z = unit(4, 8).requires_grad_()
+    loss = ltcl.sc_loss(z, torch.arange(4))
+    loss.backward()
+    assert loss == 0 and (z.grad == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -273,6 +280,13 @@ def test_psc_of_one_prototype_is_refused():
 def test_dscl_takes_queue_and_labels_together():
     with pytest.raises(ValueError, match="together"):
         ltcl.dscl_loss(unit(2, 4), unit(2, 4), torch.arange(2), unit(3, 4))
+
+
+def test_permuting_the_batch_changes_nothing():
+    y, order = torch.tensor([0, 0, 1, 2, 1, 0, 3, 4]), torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    z, k = unit(8, 8), unit(8, 8, seed=1)
+    for a, b in zip(all_losses(z, y, 0.1, k)[:3], all_losses(z[order], y[order], 0.1, k[order])[:3]):
+        torch.testing.assert_close(a, b)
 
 
 def test_losses_leave_autocast():
@@ -763,7 +777,7 @@ def test_a_step_copies_nothing_from_the_host(settings):
         trainer.step(trainer.x[rows], trainer.y[rows], 8, trainer.optimizers[0])
         with pytest.raises(AssertionError):
             torch.ones(3)[[0, 1]]
-    if not trainer.config.curriculum == "two-stage":    # DistributedDataParallel waits for every gradient
+    if trainer.config.curriculum != "two-stage":    # DistributedDataParallel waits for every gradient
         assert all((p.grad is not None) == p.requires_grad for p in trainer.net.parameters())
 
 
@@ -894,9 +908,8 @@ def test_combinations_train(settings):
     trainer = tiny_trainer(**settings)
     start = weights(trainer)
     for _ in range(trainer.epochs):
-        trainer.train_epoch()                           # which looks for losses that are no numbers
-    assert not torch.equal(weights(trainer), start)
-    trainer.evaluate()
+        last = trainer.train_epoch()
+    assert math.isfinite(last["loss"]) and trainer.evaluate()["top1"] is not None and not torch.equal(weights(trainer), start)
 
 
 def test_torchvisions_networks():
@@ -1500,6 +1513,8 @@ def test_resume_where_nothing_is_saved(tiny, tmp_path, capsys):
     assert train.main([*tiny, "--resume", "--out", str(out)]) == 0      # so that one command can be repeated
     (out / "last.pt").unlink()
     refused(capsys, tmp_path, ["--resume", "--out", out], "log.jsonl", "without its last.pt")
+    refused(capsys, tmp_path, [*tiny, "--out", out], "already holds a run")     # log.jsonl
+    refused(capsys, tmp_path, [*tiny, "--resume", "--out", out], "log.jsonl")   # and would be overwritten
 
 
 @pytest.fixture(scope="module")
@@ -1527,6 +1542,7 @@ class Code:
     (lambda whole: b"hello", ["damaged"]),
     (lambda whole: saved([1, 2]), ["no checkpoint of this program"]),
     (lambda whole: saved(dict(net={}, epoch=3)), ["no checkpoint of this program"]),
+    (lambda whole: saved(torch.nn.Linear(2, 2)), ["no checkpoint of this program"]),
     (lambda whole: saved(Code()), ["no checkpoint of this program"]),
     (lambda whole: changed(whole, config=dict(net="vgg")), ["don't fit", "settings"]),
     (lambda whole: changed(whole, config=dict(net="resnet8", colour="red")), ["don't fit", "settings"]),
@@ -1780,8 +1796,9 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
     assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
-    Image.fromarray(pixels[..., 0].astype(np.float32) / 255).save(tmp_path / "float.tiff")
-    assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, 255]
+    for most, grey in ((255, 255), (510, 127)):         # white is 1.0, or there is none
+        Image.fromarray(pixels[..., 0].astype(np.float32) / most).save(tmp_path / "float.tiff")
+        assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, grey]
 
 
 def test_load(a_run, tmp_path):
@@ -1940,7 +1957,7 @@ def test_other_pictures_are_another_run():
         other.load_state_dict(trainer.state_dict())
     a, b = (train.Config.of(dataset="folder", data=name) for name in ("a", "b"))
     assert train.run_key(a) != train.run_key(b) and train.run_name(a) != train.run_name(b)
-    one, moved, other = (ltcl.fingerprint(ltcl.ImageFiles([path], 8), trainer.y) for path in ("a/x.png", "b/x.png", "a/y.png"))
+    one, moved, other = (ltcl.fingerprint(ltcl.ImageFiles([path]), trainer.y) for path in ("a/x.png", "b/x.png", "a/y.png"))
     assert one == moved != other
     a, b = (train.Config.of(lr=lr) for lr in (0.10000001, 0.10000002))
     assert train.run_key(a) != train.run_key(b)
@@ -2200,9 +2217,10 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
     refused(capsys, tmp_path, [*tiny, "--out", out, "--seeds", "0"], "log.jsonl", "without its last.pt")
 
 
-def test_a_loss_that_turns_nan(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ltcl, "learning_rate", lambda t, c: 0.01 if t <= 1 else math.inf)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)       # and nothing broken is saved within an epoch
+@pytest.mark.parametrize("lr, seconds", [(1e30, 600), (math.inf, 0)])     # found at the epoch's end, and at a save within it
+def test_a_loss_that_turns_nan(lr, seconds, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ltcl, "learning_rate", lambda t, c: 0.01 if t <= 1 else lr)
+    monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
     out = tmp_path / "run"
     assert train.main([*tiny, "--epochs", "3", "--out", str(out)]) == 2
     warning, line = capsys.readouterr().err.splitlines()
