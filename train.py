@@ -92,7 +92,8 @@ class Config:
     queue: int = setting(0, "keys in DSCL's memory; 0: the batch is the memory", low=0, high=10 ** 15)
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
     classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, "
-                              "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, but for ce",
+                              "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, "
+                              "but for ce",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
@@ -104,10 +105,11 @@ class Config:
     stage2_batch: int = setting(128, "two-stage: its batch", low=1)
     stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: "
-                       "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, else crop",
+                       "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, "
+                       "else crop",
                        ["auto", "crop", "resized", "strong"])
-    size: int = setting(224, "side of the resized views of image files in pixels; they are read at 8/7 of it, which other views keep",
-                        low=8, high=8192)
+    size: int = setting(224, "side of the resized views of image files in pixels; they are read at 8/7 of it, which other "
+                        "views keep", low=8, high=8192)
     save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
@@ -153,7 +155,8 @@ class Config:
                 (self.method == "ce" and not two_stage, {"curriculum"}, method),
                 (self.method != "dscl", {"alpha", "ema", "queue"}, method),
                 (not self.pbsd, patches, "--pbsd 0"),
-                (self.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"}, f"--curriculum {self.curriculum}"),
+                (self.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"},
+                 f"--curriculum {self.curriculum}"),
                 (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, f"--dataset {self.dataset}")):
             if idle:
                 refuse(changed & names, action)
@@ -268,11 +271,12 @@ def opened(given, go_on):
     out = given.get("out", "")
     ltcl.require(not os.path.isfile(out), f"--out {out} is a file: name a folder")
     held = [name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()]
-    ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: --resume --out {out}")
+    ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: "
+                 f"--resume --out {out}")
     if "last.pt" not in held:
         ltcl.require(not held, f"--out {out} holds {held and held[0]} of a run without its last.pt: name another folder")
-        ltcl.require(not go_on or out and len(given) > 1, f"--resume: --out {out!r} holds no run: name the folder of one, or of a "
-                     "new one with its settings")
+        ltcl.require(not go_on or out and len(given) > 1, f"--resume: --out {out!r} holds no run: name the folder of one, or "
+                     "of a new one with its settings")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
@@ -580,8 +584,8 @@ def report(runs):
             for name, label in curves.items():          # also those without points: a colour means the same in all runs
                 rows = [r for r in log if r.get(name) is not None]
                 style = dict(color="grey", linestyle="--") if name == "contrast_weight" else {}
-                axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label, marker="." if len(rows) == 1 else None,
-                          linewidth=2.5 if name in ("loss", "top1") else 1.2, **style)
+                axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label,
+                          marker="." if len(rows) == 1 else None, linewidth=2.5 if name in ("loss", "top1") else 1.2, **style)
             axes.set_xlabel("epoch")
         loss.set_title(run.name, parse_math=False)
         top.set_ylim(0, 100)
@@ -639,7 +643,8 @@ def result_row(trainer, seconds):
 def read_results(path):
     """The rows of a results file, none where there is no such file. Raises InputError."""
     if not Path(path).exists():
-        ltcl.require(Path(path).absolute().parent.is_dir(), f"--results {path}: there is no such folder: make it, or name another file")
+        ltcl.require(Path(path).absolute().parent.is_dir(), f"--results {path}: there is no such folder: make it, or name "
+                     "another file")
         return []
     try:
         # a spreadsheet may have put a mark at its head
