@@ -201,7 +201,7 @@ def random_change(x, rng):
     kind = torch.randint(11, (len(x), 1, 1), generator=rng, device=x.device)
     strength = 2 * torch.rand(len(x), 1, 1, generator=rng, device=x.device) - 1
     turn, shear_x, shear_y, shift_x, shift_y, brightness, contrast, saturation, solarize, posterize = (
-        strength * (kind == i) for i in range(10))      # [B,1,1] each, in -1..1
+        strength * (kind == torch.arange(10, device=x.device).view(10, 1, 1, 1)))       # [B,1,1] each, in -1..1
     angle = turn * math.pi / 6                          # up to 30 degrees; shear and shift up to 0.3 of the side
     aspect = x.shape[3] / x.shape[2]                    # affine_grid has both sides from -1 to 1
     to_x = [angle.cos(), (0.3 * shear_x - angle.sin()) / aspect, 0.6 * shift_x]
@@ -836,7 +836,7 @@ class Trainer:
     def check(self):
         """Raises InputError when losses or weights are no longer numbers."""
         broken = ~torch.stack(self.history)[:, 0].isfinite().cpu()              # [steps]
-        broken[-1] |= not torch.stack([t.isfinite().all() for t in self.net.state_dict().values()]).all()
+        broken[-1] |= not torch.cat([t.flatten() for t in self.net.state_dict().values()]).isfinite().all()
         require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch + 1}, step "
                 f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt is from before")
 
