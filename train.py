@@ -449,8 +449,10 @@ class Run:
     def seconds(self):                                  # of the epochs done
         return sum(record["seconds"] for record in self.log)
 
-    def left(self, done, seconds):                      # epochs done, fractions counted, and what they took
-        return f"{seconds / done * (self.trainer.epochs - done) / 60:.1f} min left"
+    def left(self, part=0.0, seconds=0.0):              # part: the share done of the epoch in work, and what it took
+        recent = [record["seconds"] for record in self.log[-10:]]       # earlier ones may be another machine's
+        pace = (sum(recent) + seconds) / (len(recent) + part)
+        return f"{pace * (self.trainer.epochs - self.trainer.epoch - part) / 60:.1f} min left"
 
     def between_steps(self, step, steps):
         t, number = self.trainer, asked_to_stop(self.signals)
@@ -466,7 +468,7 @@ class Run:
             self.shown, seconds = time.time(), time.time() - self.began
             speed = step * t.config.batch_size / seconds
             live(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  loss {t.history[-1][0].item():6.3f}  "
-                 f"{speed:,.0f} images/s  {self.left(t.epoch + step / steps, self.seconds() + seconds)}")
+                 f"{speed:,.0f} images/s  {self.left(step / steps, seconds)}")
 
     def epoch(self):
         """Train one, evaluate, log, save."""
@@ -487,7 +489,7 @@ class Run:
         live("")
         print(f"epoch {t.epoch:3}/{t.epochs}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
               f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  "
-              f"{self.left(t.epoch, self.seconds())}", flush=True)
+              f"{self.left()}", flush=True)
         if number:
             raise Stopped(number, c.out)
 
