@@ -1841,11 +1841,9 @@ def test_preprocess_gives_a_picture_the_shape_of_the_training_images(tmp_path):
 def test_a_run_of_a_hundred_steps_warns_of_nothing(tiny, tmp_path, capsys):
     run = train.Run(train.Config.of(dataset=tiny[1], net="resnet8", batch_size=8, epochs=50, device="cpu", out=str(tmp_path / "run")), None)
     assert capsys.readouterr().err == "" and run.left(0.5, 30) == "49.5 min left"
-
-
-def test_the_minutes_left_follow_the_last_ten_epochs(tiny, tmp_path):
-    run = train.Run(train.Config.of(dataset=tiny[1], net="resnet8", batch_size=8, epochs=50, device="cpu", out=str(tmp_path / "run")), None)
-    run.log, run.trainer.epoch = [dict(seconds=1)] * 10 + [dict(seconds=60)] * 10, 20
+    run.log, run.trainer.epoch = [dict(seconds=60)] * 10, 10
+    assert run.left() == "40.0 min left"
+    run.log, run.trainer.epoch = [dict(seconds=1)] * 10 + [dict(seconds=60)] * 10, 20       # the last ten count
     assert run.left() == "30.0 min left" and run.left(0.5, 30) == "29.5 min left"
 
 
