@@ -1216,9 +1216,11 @@ def test_a_failing_worker_and_odd_names(tmp_path, capsys):
         assert train.main([*argv, *more, "--out", str(tmp_path / f"run{len(more)}")]) == 0
         assert "not a readable image" not in capsys.readouterr().err
 
-    script = ("import os, sys, ltcl, train\ndef fail(*_): raise OSError('no space left')\nltcl.ImageFiles.__getitem__ = fail\n"
-              "ltcl.into_memory = lambda *_: None\n"
-              "status = train.main(sys.argv[1:])\nsys.stderr.flush()\nos._exit(status)")
+    script = ("import sys, time, ltcl, train\ndef fail(*_): raise OSError('no space left')\nltcl.ImageFiles.__getitem__ = fail\n"
+              "ltcl.into_memory = lambda *_: None\nstart = ltcl.leave_signals_to_the_trainer\n"
+              "def slow(i):\n    time.sleep(4 * i)\n    start(i)\n"                    # the second starts after the trainer's end
+              "ltcl.leave_signals_to_the_trainer = slow\n"
+              "train.leave(train.main(sys.argv[1:]))")
     run = subprocess.run([sys.executable, "-c", script, *argv, *lists, "--out", str(tmp_path / "failed")], cwd=HERE, capture_output=True,
                          text=True, timeout=120)
     last = run.stderr.splitlines()[-1]

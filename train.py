@@ -816,6 +816,17 @@ def main(argv=None):
     return status
 
 
+def leave(status):
+    """End this process at once: an ordinary exit is aborted by threads that wait for a lost process, and waits for the
+    loader's workers."""
+    with contextlib.suppress(BrokenPipeError):          # of a reader that has enough, as head
+        sys.stdout.flush()
+    sys.stderr.flush()
+    for worker in torch.multiprocessing.active_children():      # one still in its start would never see that it is alone
+        worker.kill()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files that aren't UTF-8
     try:
@@ -823,7 +834,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         status = 1
-    with contextlib.suppress(BrokenPipeError):          # of a reader that has enough, as head
-        sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)    # an ordinary exit is aborted by threads that wait for a lost process, and waits for the loader's workers
+    leave(status)
