@@ -684,8 +684,9 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}" if values else "n/a"
 
 
-PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("sc", ""), ("sc", "--classifier logit-adjusted"), ("psc", ""),
-         ("dscl", "--pbsd 0"), ("dscl", ""),
+PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier logit-adjusted"), ("sc", ""),
+         ("sc", "--classifier logit-adjusted"), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
+         ("dscl", "--classifier logit-adjusted"),
          ("ce", "--recipe record"), ("dscl", "--pbsd 0 --recipe record"), ("dscl", "--recipe record")]
 
 
