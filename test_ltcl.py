@@ -1993,6 +1993,8 @@ def test_the_readmes_tables_are_those_of_the_rows():
     readme = (HERE / "README.md").read_text()
     for name in ("results.csv", "tuning.csv"):
         assert train.tables(train.read_results(HERE / "data" / name)).strip() in readme
+    methods = " ".join(f'"{method} {settings}'.rstrip() + '"' for method, settings in train.PAPER)
+    assert f"for method in {methods}; do" in readme     # the command that runs the grid runs all of the table's rows
 
 
 # --- downloads, with torchvision's class stood in for ----------------------------------------
