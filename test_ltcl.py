@@ -316,6 +316,8 @@ def test_long_tail_totals(n_max, C, totals):
         assert sum(counts) == total and counts[0] == n_max and counts[-1] == n_max // imb
     assert ltcl.long_tail_counts(n_max, C, 1) == [n_max] * C
     assert ltcl.long_tail_counts(49, 2, 49) == [49, 1]  # 49 / 49 is below 1 in floats
+    with pytest.raises(ltcl.InputError, match="imb is 0.5"):
+        ltcl.long_tail_counts(n_max, C, 0.5)
 
 
 def test_shot_groups_of_cifar():
@@ -481,6 +483,8 @@ def test_hold_out():
     assert len(ltcl.hold_out(tiny_data(n=(100, 100)), 0.07).y_test) == 14       # 0.07 * 100 is above 7 in floats
     with pytest.raises(ltcl.InputError, match="--holdout 0.1 leaves class 2"):
         ltcl.hold_out(tiny_data(n=(12, 6, 1)), 0.1)
+    with pytest.raises(ltcl.InputError, match="take a smaller share"):
+        ltcl.hold_out(tiny_data(n=(5, 5, 5)), 0.9)
 
 
 def test_averaged_weights_are_evaluated_saved_and_loaded(tiny, tmp_path):
@@ -694,6 +698,21 @@ def test_a_stop_in_a_seeds_last_evaluation_holds_for_the_next(tiny, tmp_path, mo
         assert train.main(argv) == 128 + signal.SIGTERM
     assert not (tmp_path / "run-seed1").exists()
     assert train.main(argv) == 0
+
+
+def test_a_stop_in_the_evaluation_of_a_finished_run(tiny, tmp_path, monkeypatch):
+    argv, evaluate = [*tiny, "--method", "ce", "--quiet", "--out", str(tmp_path / "run")], ltcl.Trainer.evaluate
+    assert train.main([*argv, "--seeds", "0"]) == 0
+    monkeypatch.setattr(ltcl.Trainer, "evaluate", lambda self: (signal.raise_signal(signal.SIGTERM), evaluate(self))[1])
+    assert train.main([*argv, "--seeds", "0", "1"]) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run-seed1").exists()
+
+
+def test_a_seeds_run_of_another_method_is_named_by_it(tiny, tmp_path, capsys):
+    argv = [*tiny, "--quiet", "--out", str(tmp_path / "run"), "--seeds", "0"]
+    assert train.main(argv) == 0
+    refused(capsys, tmp_path, [*argv, "--method", "ce"], "--method is 'ce'", "has 'dscl'")      # not by what follows from it
+    refused(capsys, tmp_path, [*argv, "--method", "ce", "--alpha", "0.3"], "--alpha has no meaning with --method ce")
 
 
 @pytest.mark.parametrize("K", [1, 5, 8, 13, 40])
@@ -1087,9 +1106,11 @@ def test_data_of_ones_own(monkeypatch, tmp_path):
     assert ltcl.load(tmp_path / "a.pt", "cpu").class_names == ["a", "b", "c"]
     for change in (dict(x_train=data.x_train / 255), dict(y_train=data.y_train.int()), dict(y_train=2 * data.y_train),
                    dict(class_names=["a"]), dict(x_test=data.x_test[:, :, 1:]), dict(x_train=data.x_train[1:]), dict(y_test=data.y_test[1:]),
-                   dict(x_train=data.x_train[:, :1], x_test=data.x_test[:, :1])):
-        with pytest.raises(ltcl.InputError, match="the data"):
-            ltcl.Trainer(config, dataclasses.replace(data, **change))
+                   dict(x_train=data.x_train[:, :1], x_test=data.x_test[:, :1]), dict(y_train=data.y_train[1:]),
+                   dict(y_train=data.y_train - 1)):
+        for holdout in (0.0, 0.1):                      # a part cut off could take the fault with it
+            with pytest.raises(ltcl.InputError, match="the data"):
+                ltcl.Trainer(dataclasses.replace(config, holdout=holdout), dataclasses.replace(data, **change))
 
 
 def test_every_setting_changes_the_weights():
@@ -1898,6 +1919,13 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert rows[0][1:4] == ["1", "sc", "--net resnet8 --batch-size 8 --lr 0.05"]
     last = json.loads((tmp_path / "run-seed1" / "log.jsonl").read_text().splitlines()[-1])
     assert rows[1][6] == f"{last['top1']:.2f}" and rows[1][7] == "" and rows[1][9] == f"{last['few']:.2f}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        trainer = tiny_trainer()
+        trainer.evaluated = dict(top1=50.0, many=None, medium=None, few=50.0)
+        assert ", 3 threads, torch " in (row := train.result_row(trainer, 1))[11] and not row[11].endswith("compiled")
+        trainer.config.compile = "on"
+        assert train.result_row(trainer, 1)[11] == row[11] + ", compiled"
     assert f"{torch.get_num_threads()} thread" in rows[0][11] and rows[0][11].endswith(f"torch {torch.__version__}, float32")
     assert train.main([*argv, "--seeds", "0", "1", "2"]) == 0           # nothing left to do
     assert train.main(["--resume", "--out", str(tmp_path / "run-seed1"), "--quiet", "--results", str(results)]) == 0
@@ -1919,6 +1947,7 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         for part in ([], rows[:1], [], rows[1:]):
             train.add_results(path, part)
         assert train.read_results(path) == rows and path.read_text().startswith("dataset,")
+    refused(capsys, tmp_path, ["--tables", results, "--quiet"], "--quiet has no meaning with --tables")
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--seed", "1"], "--seed has no meaning with --seeds")
     refused(capsys, tmp_path, [*argv, "--seeds", "3", "--resume"], "--resume: not allowed with argument --seeds")
     refused(capsys, tmp_path, [*argv, "--seeds", "x"], "--seeds")
@@ -2101,6 +2130,9 @@ def refused(capsys, folder, argv, *words):
     (["--stage2-lr", "3"], ["--stage2-lr", "--curriculum parabolic"]),
     (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
     (["--resume"], ["holds no run"]),
+    (["--resume", "--device", "cpu"], ["holds no run"]),        # a mistyped folder: no new run of the defaults
+    (["--data", "elsewhere"], ["--data", "--dataset shapes"]),
+    (["--timeout", "5"], ["--timeout", "one process"]),
     (["--eval", ""], ["--eval"]),
     (["--results", ""], ["cannot be read", "--results"]),
 ])

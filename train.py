@@ -38,7 +38,7 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
 
 
 RANK, RANKS = 0, 1                                      # which process this is, and of how many
-if {"RANK", "WORLD_SIZE"} <= os.environ.keys():         # started by torchrun
+if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():         # started by torchrun
     RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -93,7 +93,7 @@ class Config:
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
     classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, "
                               "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, "
-                              "but for ce",
+                              "for ce in a second stage alone",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
@@ -148,7 +148,7 @@ class Config:
         return config
 
     def refuse_idle(self, changed, two_stage):
-        """Refuse the names of settings that have no meaning beside the others. two_stage: is, or would be the preset."""
+        """Refuse the names of settings that have no meaning beside the others. two_stage: the curriculum is, or the one that it replaces."""
         method, patches = f"--method {self.method}", {"patches", "patch_size", "box_scale"}
         for idle, names, action in (
                 (self.method == "ce", {"tau", "pbsd", "hidden", "dim"} | patches, method),
@@ -157,7 +157,9 @@ class Config:
                 (not self.pbsd, patches, "--pbsd 0"),
                 (self.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"},
                  f"--curriculum {self.curriculum}"),
-                (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, f"--dataset {self.dataset}")):
+                (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, f"--dataset {self.dataset}"),
+                (self.dataset == "shapes" or self.dataset.endswith(".npz"), {"data"}, f"--dataset {self.dataset}"),
+                (RANKS == 1, {"timeout"}, "one process")):
             if idle:
                 refuse(changed & names, action)
 
@@ -168,7 +170,7 @@ MEMORY = dict(ema=0.999, queue=65536)
 
 PRESETS = {
     "shapes": dict(net="resnet8", epochs=18, batch_size=32, lr=0.2, warmup=2.0, patches=2),
-    "cifar10": {},
+    "cifar10": {},                      # the defaults; a name that isn't here is an .npz file's
     "cifar100": {},
     ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
     ".npz": dict(imb=1.0),              # your own images are taken as they are
@@ -178,7 +180,7 @@ PRESETS = {
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
     ("inat18", "dscl"): MEMORY,
     "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, schedule="cosine",
-                   lr=0.3, weight_decay=2.5e-4, tau=0.1),   # constant halves both losses: as lr 0.15, 5e-4 and weights of 1
+                   lr=0.3, weight_decay=2.5e-4, tau=0.1),   # contrast weight 0.5 halves both losses: as lr 0.15, 5e-4 and whole ones
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
@@ -193,14 +195,14 @@ def read_arguments(argv):
     """What is to be done, and the settings that are given on the command line, {field: value}."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.error = lambda message: ltcl.require(False, f"{message}; python train.py --help lists the flags")
-    do = parser.add_argument_group("one of").add_mutually_exclusive_group()
-    do.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved last")
-    do.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed; those that were stopped go on")
-    do.add_argument("--eval", metavar="RUN", type=Path, help="accuracy of a trained run: its folder or a .pt file")
-    do.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
-    do.add_argument("--report", metavar="RUN", nargs="+", help="draw runs side by side (needs matplotlib)")
-    do.add_argument("--tables", metavar="FILE", type=Path, help="the tables of a file of --results, as Markdown")
-    parser.add_argument("--results", metavar="FILE", type=Path, help="add a row a run to a .csv file; what it has is left out")
+    one_of = parser.add_argument_group("one of").add_mutually_exclusive_group()
+    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out; with its settings, start it if there is none")
+    one_of.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed, in OUT-seedS; those that were stopped go on")
+    one_of.add_argument("--eval", metavar="RUN", type=Path, help="accuracy of a trained run: its folder or a .pt file")
+    one_of.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
+    one_of.add_argument("--report", metavar="RUN", nargs="+", help="draw runs side by side (needs matplotlib)")
+    one_of.add_argument("--tables", metavar="FILE", type=Path, help="the tables of a file of --results, as Markdown")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="add a row for each run to a .csv file; runs that it has are skipped")
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
@@ -215,7 +217,7 @@ def read_arguments(argv):
     for action, useful in USEFUL.items():
         if getattr(do, action):
             refuse(given.keys() - useful, f"--{action}")
-            refuse({"results"} if do.results else (), f"--{action}")
+            refuse({name for name in ("results", "quiet") if getattr(do, name)}, f"--{action}")
             ltcl.require(RANKS == 1, f"--{action} takes one process: leave torchrun out")
     refuse({"seed"} & given.keys() if do.seeds else (), "--seeds")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
@@ -257,10 +259,10 @@ def refuse_another_run(old, new, given, began, out):
         if a == b or name in NO_MATTER or moved:
             continue
         if name in ("epochs", "stage2_epochs"):
-            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: with {a}, the {began} epochs done had "
-                         "another learning rate or contrast weight than they would have had: start a new run")
+            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: the {began} epochs begun with {a} "
+                         "would have had another learning rate or contrast weight: start a new run")
         else:
-            ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: leave it out to go on, "
+            ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: take that to go on, "
                          "or start a new run in another folder with --out")
         say(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
 
@@ -270,26 +272,30 @@ def opened(given, go_on):
     one with what is given anew. Raises InputError for a setting that would make it another run."""
     out = given.get("out", "")
     ltcl.require(not os.path.isfile(out), f"--out {out} is a file: name a folder")
-    held = [name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()]
+    held = next((name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()), "")
     ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: "
                  f"--resume --out {out}")
-    if "last.pt" not in held:
-        ltcl.require(not held, f"--out {out} holds {held and held[0]} of a run without its last.pt: name another folder")
-        ltcl.require(not go_on or out and len(given) > 1, f"--resume: --out {out!r} holds no run: name the folder of one, or "
+    if held != "last.pt":
+        ltcl.require(not held, f"--out {out} holds {held} of a run without its last.pt: name another folder")
+        ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING, f"--resume: --out {out!r} holds no run: name the folder of one, or "
                      "of a new one with its settings")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
     new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
-    new.refuse_idle({name for name in given.keys() - NO_MATTER if given[name] != getattr(old, name)},
-                    "two-stage" in (old.curriculum, new.curriculum))
+    if len(given) < len(fields(Config)):                # all of a seed's run: what was typed of them was looked at before
+        new.refuse_idle({name for name in given.keys() - NO_MATTER if given[name] != getattr(old, name)},
+                        "two-stage" in (old.curriculum, new.curriculum))
     presets = any(getattr(old, name) != getattr(new, name) for name in ("dataset", "method", "recipe"))
     if not began and not presets:                       # saved at its start alone: other settings lose nothing
         return new, None
     refuse_another_run(old, new, given, began, out)
     if state["ranks"] != RANKS:
-        say(f"note: the run began with {state['ranks']} processes: others share batches and BatchNorm's statistics otherwise")
+        say(f"note: the run had {state['ranks']} processes so far, now {RANKS}: they share batches and BatchNorm's statistics otherwise")
     return new, state
+
+
+STOP = signal.SIGINT, signal.SIGTERM                    # Ctrl-C, and what a job's manager sends
 
 
 class Stopped(Exception):
@@ -298,16 +304,16 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that will hold the signal, Ctrl-C or SIGTERM, that asks to stop. A second one ends the program at once."""
+    """A list that will hold the signal that asks to stop. A second one ends the program at once."""
     met = []
 
     def ask(number, _):
         met.append(number)
-        if not dist.is_initialized():                   # torchrun passes on what the terminal has sent already
-            for n in before:
+        if not dist.is_initialized():                   # from torchrun it comes twice: it passes on what the terminal has sent already
+            for n in STOP:
                 signal.signal(n, signal.SIG_DFL)
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, ask) for n in STOP}
     try:
         yield met
     finally:
@@ -384,13 +390,12 @@ def keep_memory():
     """Large tensors that are freed stay with the process. glibc hands them back to the system, and to get new pages
     for the next ones takes up to a third of a CPU's step at batch 512 (other C libraries: nothing happens)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4       # malloc.h's numbers
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
+        for parameter, value in ((-1, -1), (-4, 0)):    # M_TRIM_THRESHOLD and M_MMAP_MAX, malloc.h's numbers
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def make_trainer(config, state=None):
-    """The trainer with its data, in the state where there is one."""
+def make_trainer(config, state):
+    """The trainer with its data, in the state where that isn't None."""
     if ltcl.pick_device(config.device).type == "cpu":
         keep_memory()
     if RANK > 0:                                        # the first process may have to download
@@ -422,7 +427,7 @@ class Run:
             if not state:
                 save_views(t, self.out / "views.png")
         self.save()                                     # also of a new run: whatever happens, it can be gone on with
-        if RANK == 0:                                   # after last.pt: a folder with it alone is not ours
+        if RANK == 0:                                   # after last.pt: a folder with it alone would be refused
             ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
               f"{len(t.y_test)} test images; on {t.device}; into {config.out}", flush=True)
@@ -446,9 +451,6 @@ class Run:
             ltcl.write_whole(self.out / "last.pt", content.getbuffer())
             ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log).encode())
 
-    def seconds(self):                                  # of the epochs done
-        return sum(record["seconds"] for record in self.log)
-
     def left(self, part=0.0, seconds=0.0):              # part: the share done of the epoch in work, and what it took
         recent = [record["seconds"] for record in self.log[-10:]]       # earlier ones may be another machine's
         pace = (sum(recent) + seconds) / (len(recent) + part)
@@ -466,7 +468,7 @@ class Run:
             raise Stopped(number, t.config.out)
         if time.time() - self.shown > 1:                # to read the loss is to wait for the device: once a second
             self.shown, seconds = time.time(), time.time() - self.began
-            speed = step * t.config.batch_size / seconds
+            speed = step / steps * len(t.y) / seconds
             live(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  loss {t.history[-1][0].item():6.3f}  "
                  f"{speed:,.0f} images/s  {self.left(step / steps, seconds)}")
 
@@ -500,6 +502,8 @@ class Run:
                 self.trainer.evaluate()
             while self.trainer.epoch < self.trainer.epochs:
                 self.epoch()
+            if number := asked_to_stop(self.signals):   # met in that evaluation, or in the last save
+                raise Stopped(number, self.trainer.config.out)
 
 
 def print_table(title, accuracy, counts):
@@ -557,7 +561,7 @@ def predict(run, pictures, given):
             x = net.preprocess(path)                    # [3,H,W]
         except Exception:  # whatever PIL raises
             reason = "is not a readable image" if Path(path).is_file() else "is no file"
-            print(f"warning: {path} {reason}: skipped", file=sys.stderr)
+            say(f"warning: {path} {reason}: skipped")
             continue
         readable += 1
         likely, classes = net(x[None].to(net.mean.device))[0].softmax(0).topk(min(5, len(net.class_names)))
@@ -589,7 +593,7 @@ def report(runs):
                 axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label,
                           marker="." if len(rows) == 1 else None, linewidth=2.5 if name in ("loss", "top1") else 1.2, **style)
             axes.set_xlabel("epoch")
-        loss.set_title(run.name, parse_math=False)
+        loss.set_title(run.resolve().name, parse_math=False)
         top.set_ylim(0, 100)
         counts, accuracy = state["counts"], state["evaluated"].get("by_class", [])
         bars = [a for _, a in sorted(zip(counts, accuracy), key=lambda pair: -pair[0])]
@@ -633,12 +637,13 @@ def result_row(trainer, seconds):
         line = next(line for line in open("/proc/cpuinfo") if "model name" in line)
         hardware = f"{line.partition(': ')[2].strip()}, {hardware}"
     if trainer.device.type == "cuda":
-        hardware = f"{trainer.ranks} x {torch.cuda.get_device_name()}"
+        hardware = f"{trainer.ranks} x {torch.cuda.get_device_name(trainer.device)}"
     hardware += f", torch {torch.__version__}, {trainer.net.amp or torch.float32}".replace("torch.", "")
+    hardware += ", compiled" if trainer.config.compile == "on" else ""
     with contextlib.suppress(OSError):                  # no git
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    accuracy = [trainer.evaluated[name] for name in ("top1", "many", "medium", "few")]
+    accuracy = [trainer.evaluated[name] for name in ACCURACIES]
     return [*run_key(trainer.config), *("" if a is None else f"{a:.2f}" for a in accuracy), f"{seconds:.0f}", hardware, commit]
 
 
@@ -652,13 +657,12 @@ def read_results(path):
         # a spreadsheet may have put a mark at its head
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             head, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
-        for row in rows:
-            scores, seconds = row[len(KEY):-3], row[-3:-2]      # a score may be missing, seconds not
-            [float(number) for number in [*filter(None, scores), *seconds]]
+        for row in rows:                                # a score may be missing, seconds not
+            [float(number) for number in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
-                 f"{path} is no file of results: its columns are {', '.join(COLUMNS)}")
+                 f"{path} is no file of results, which has the columns {', '.join(COLUMNS)}")
     return rows
 
 
@@ -673,8 +677,8 @@ def add_results(path, rows):
                 file.write("\n")
             csv.writer(file, lineterminator="\n").writerows(rows if content else [COLUMNS, *rows])
     except OSError as error:
-        raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room, look at its last line; "
-                              "--resume on the run adds its row") from None
+        raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room or name another file; "
+                              "--resume adds the row of a run that is done") from None
 
 
 def spread(values):
@@ -693,8 +697,7 @@ PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier
 def tables(rows):
     """Markdown: a table for each data set and imbalance, and the papers' grid if anything of it was run."""
     groups, text = {}, []
-    for dataset, imb, method, settings, _, epochs, *values in rows:
-        scores = values[:len(SCORES)]                   # without seconds, hardware and commit
+    for dataset, imb, method, settings, _, epochs, *scores, _, _, _ in rows:    # without seconds, hardware and commit
         groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(scores)
     for (dataset, imb), runs in groups.items():
         text += [f"**{dataset}, imbalance {imb}**", "",
@@ -758,8 +761,9 @@ def train_all(do, given):
             with contextlib.redirect_stdout(io.StringIO()) if do.quiet else contextlib.nullcontext():
                 run = Run(config, state)
                 run.train()
-            print_result(run.trainer, run.seconds())
-            row = result_row(run.trainer, run.seconds())
+            seconds = sum(record["seconds"] for record in run.log)
+            print_result(run.trainer, seconds)
+            row = result_row(run.trainer, seconds)
             if do.results and RANK == 0:
                 add_results(do.results, [row])
         rows.append(row)
@@ -791,7 +795,6 @@ def main(argv=None):
         program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
         command = f"{program} train.py --resume --out {shlex.quote(out)}"
         command += f" --results {shlex.quote(str(do.results))}" if do.results else ""
-        live("")
         say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else command))
         return 128 + number
     except KeyboardInterrupt:
@@ -805,11 +808,12 @@ def main(argv=None):
             message = f"error: {text}"
         elif RANKS > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text):
             status, message = 1, ("error: another process of the run ended, or didn't answer within --timeout: "
-                                  "start all again, with --resume --out and the run's folder")
+                                  "start all again" + (": repeat the command" if do.seeds else
+                                                       ", with --resume --out and the run's folder"))
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
             message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
         elif "allocate" in text or "out of memory" in text or "calculation overflowed" in text:     # torch's words
-            message = "error: too little memory: take a smaller --batch-size, --size or --queue"
+            message = "error: too little memory: take a smaller --batch-size, --size or --queue, or --device cpu"
         else:
             raise
     live("")
