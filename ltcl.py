@@ -11,7 +11,7 @@ to accuracy by class size, on a CPU or a GPU (what was measured: README):
 [S] Khosla et al. Supervised Contrastive Learning. NeurIPS 2020 (the SC loss).
 
 It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what isn't part
-of the method, such as reading files and drawing the embedded data, is the appendix.
+of the method, such as reading files and drawing the built-in data, is the appendix.
 
 Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1, q the anchors', k their augmentations'.
 y: labels.  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
@@ -103,12 +103,12 @@ def take(x, rows):
 
 
 def hold_out(data, share):
-    """The data with a share of each training class as its test set: to choose settings by, so that the real
-    test set stays unseen. Raises InputError where a class has too few images."""
+    """The data with a share of each training class, rounded up, as its test set: to choose settings by, so that the
+    real test set stays unseen. Raises InputError where a class has too few images."""
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
     counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 * 100 is above 7 in floats
     require((counts < sizes).all(), f"--holdout {share:g} leaves class {(counts >= sizes).argmax()} no training image: "
-            "it needs two or more of each class")
+            "take a smaller share; each class needs two or more")
     test = draw_of_each_class(y.numpy(), counts)
     kept = np.setdiff1d(np.arange(len(y)), test)
     return Dataset(take(data.x_train, kept), y[kept], take(data.x_train, test), y[test], data.class_names)
@@ -294,7 +294,7 @@ def block(c_in, c_out, stride):
     return torchvision.models.resnet.BasicBlock(c_in, c_out, stride, shortcut if stride > 1 else None)
 
 
-CIFAR_NETS = {f"resnet{depth}": depth for depth in (8, 20, 32, 56)}
+CIFAR_NETS = {f"resnet{6 * n + 2}": n for n in (1, 3, 5, 9)}    # n blocks in each of three stages
 NETS = [*CIFAR_NETS, "resnet18", "resnet50", "resnext50_32x4d"]
 
 
@@ -308,7 +308,7 @@ def backbone(name):
         net = torchvision.models.get_model(name)
         *early, last, _, _ = net.children()             # ..., layer4, pooling, linear layer
         return early, [last], net.fc.in_features
-    n = (CIFAR_NETS[name] - 2) // 6
+    n = CIFAR_NETS[name]
     widths = [16] * (n + 1) + [32] * n + [64] * n
     blocks = [block(a, b, stride=b // a) for a, b in zip(widths, widths[1:])]
     layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), *blocks]
@@ -340,7 +340,6 @@ class Expert(nn.Module):
 
 
 def batchnorms(net):
-    """The BatchNorm layers of a network."""
     return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
@@ -418,13 +417,14 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         labels = y.sort().values                                                   # [B]
-        group = torch.searchsorted(labels, y)                                      # [B] where its class begins: a number for it
+        group = torch.searchsorted(labels, y)                                      # [B] where its class begins, a number for it
         P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
-        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min) for i in row.split(512)]
-        candidates = torch.cat([rows.logsumexp(1) for rows in s])                  # [B] from blocks [512,B]: they save memory
+        # blocks of [512,B] save memory
+        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min).logsumexp(1) for i in row.split(512)]
+        candidates = torch.cat(s)                                                  # [B]
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
 
 
@@ -472,12 +472,12 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the positives, by sums over the classes of the batch: no N x K mask
         labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
-        group = torch.searchsorted(labels, y)                                      # [N] where its class begins: a number for it
+        group = torch.searchsorted(labels, y)                                      # [N] where its class begins, a number for it
         # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
         theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K]
         known = (labels[theirs] == queue_y).to(q.dtype)                            # [K]
         total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
-        others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, in two views
+        others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, of two views
         P = 2 * others + zero[:, 0].index_add(0, theirs, known)[group]             # [N] |P_i|
         s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
@@ -493,8 +493,8 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     """Patch-based self-distillation [D, L_pbsd]. A scalar, float32 (float64 stays).
 
-    c: [N,L,D] teacher, patches pooled from the feature map; no gradient flows into it.  All are of length 1.
-    s: [N,L,D] student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue.
+    c: [N,L,D] or [N*L,D] teacher, patches pooled from the feature map; no gradient flows into it.  All are of length 1.
+    s: as c, the student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue.
     valid: [R+K] bool, False for an empty slot, True for one at least; None: all are candidates.
 
         L_pbsd = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
@@ -516,10 +516,9 @@ def embedding_statistics(q, k, y):
     other pairs, q against k [N,D], and the embeddings' spread sqrt(1 - |mean|^2): 0 when all are one
     point, 1 when they balance about the centre. Scalar tensors."""
     cosine, same = q @ k.T, y[:, None] == y             # [N,N], [N,N]
-    positive = (cosine * same).sum() / same.sum()
-    negative = (cosine * ~same).sum() / (~same).sum().clamp(min=1)
-    spread = q.var(0, correction=0).sum().sqrt()
-    return dict(cos_positive=positive, cos_negative=negative, spread=spread)
+    return dict(cos_positive=(cosine * same).sum() / same.sum(),
+                cos_negative=(cosine * ~same).sum() / (~same).sum().clamp(min=1),
+                spread=q.var(0, correction=0).sum().sqrt())
 
 
 # ---------------------------------------------------------------------------------------
@@ -542,7 +541,7 @@ def contrast_weight(epoch, epochs, curriculum="parabolic"):
 
 
 def learning_rate(t, c):
-    """The one at t > 0 epochs, fractions counted: linear warm-up, then x0.1 after 60 % and again after
+    """The learning rate at t > 0 epochs, a fraction within one: linear warm-up, then x0.1 after 60 % and again after
     80 % of --epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
     stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: the settings, train.Config;
     lr, epochs, warmup, schedule, stage2_epochs and stage2_lr are read."""
@@ -567,8 +566,8 @@ def shot_groups(counts):
 
 
 def accuracy(predicted, y, counts):
-    """Accuracy in % on a test set [M], over all images (top1), of each class (by_class), as the mean over
-    classes (balanced) and over those of each shot group; None for a group without test images."""
+    """Accuracy in % on a test set [M]: over all images (top1), of each class (by_class, NaN without test images), as
+    the mean over classes (balanced) and over those of each shot group (None without test images)."""
     C, hit = len(counts), (predicted == y).double()                                     # [M]
     by_class = 100 * torch.bincount(y, hit, C) / torch.bincount(y, minlength=C)         # [C] NaN without test images
     groups = {name: by_class[group].nanmean() for name, group in shot_groups(counts).items()}
@@ -599,17 +598,18 @@ class Trainer:
         self.device = pick_device(c.device)
         self.shuffle = torch.Generator()                # of batches: on the host, so that every device has the same ones
         self.rng = torch.Generator(self.device)         # of views, see reseed
-        self.take_data(hold_out(data, c.holdout) if c.holdout else data)
+        self.take_data(data)
         self.build(*self.look_at_data())
 
     def take_data(self, data):
-        """The training images, thinned to a long tail, and the test images."""
+        """The training images, less those held out, thinned to a long tail, and the test images."""
         c, files = self.config, isinstance(data.x_train, ImageFiles)
         for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
             require(len(x) == len(y) and y.dtype == torch.int64
                     and (files or x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1:] == (3, *data.x_train.shape[2:])),
                     "the data have a wrong type or shape: labels are int64 [N], images uint8 [N,3,H,W] of one size")
         self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C
+        data = hold_out(data, c.holdout) if c.holdout else data     # now that each image has a label
         kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
@@ -630,7 +630,7 @@ class Trainer:
         require(min(pixels.shape[2:]) >= 8, f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels: "
                 "a side needs 8 or more")
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
-        self.stored = list(pixels.shape[2:])            # [h,w] of the images: load()'s network brings others to it
+        self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network resizes others
         self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored            # [h,w] of the views
         std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
         return mean, std.clamp(min=1 / 255)
@@ -660,13 +660,13 @@ class Trainer:
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.parallel = None
-        for e in net.experts:                           # what is unused: DistributedDataParallel would wait for its gradient
+        for e in net.experts:                           # frozen where unused: DistributedDataParallel waits for gradients
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
         if self.ranks > 1:
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
-            self.parallel = nn.parallel.DistributedDataParallel(    # each stage leaves weights without a gradient
+            self.parallel = nn.parallel.DistributedDataParallel(    # either of two stages leaves weights without a gradient
                 hybrid, find_unused_parameters=c.curriculum == "two-stage",
                 broadcast_buffers=False)                # agree() does, once an epoch
 
@@ -682,9 +682,9 @@ class Trainer:
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
     def batches(self, N, steps):
-        """The rows of an epoch's batches [steps,n]: N instance-balanced ones, which the classifier shares, or N more of its
-        own, class-balanced, after them (those alone where nothing is contrasted). Of several processes each gets its
-        part of both."""
+        """The rows of an epoch's batches [steps,n]. n is N where both branches take the same instance-balanced batch, or
+        one branch alone is trained; 2N where N class-balanced rows for the classifier follow N instance-balanced ones.
+        Each of several processes gets its part of both."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
@@ -736,8 +736,7 @@ class Trainer:
         # 64 of 224 pixels [D, settings]; small images need more to show anything
         side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
-        *_, change = AUGMENTATIONS[self.aug]
-        patches = change(cut(view, boxes, side), self.rng)                                      # [N*L,3,side,side]
+        patches = AUGMENTATIONS[self.aug][3](cut(view, boxes, side), self.rng)                  # [N*L,3,side,side]
         # patches would spoil the running statistics, on which the evaluation of whole images relies
         for m in batchnorms(self.net):
             m.track_running_stats = False
@@ -759,7 +758,7 @@ class Trainer:
         maps: [2N,width,h,w] of each expert, with a momentum encoder the query's [N,width,h,w] alone."""
         N = len(y)
         z = self.net.embed(maps)                                            # [E,2N,D]; [E,N,D] with a momentum encoder
-        q, k = z[:, :N], z[:, N:]                                           # [E,N,D] each
+        q, k = z[:, :N], z[:, N:]                       # [E,N,D] each; with a momentum encoder k is empty here
         if self.key_encoder:
             with torch.no_grad():
                 k = self.key_encoder.embed(self.key_encoder.maps(views[1]))
@@ -773,8 +772,8 @@ class Trainer:
 
     def losses(self, x, y, x_ce, y_ce):
         """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
-        the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm's
-        statistics are those of what the classifier meets."""
+        the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm
+        has the same mixture of them in training as, by its running statistics, in evaluation."""
         c, N, weight = self.config, len(y), self.weight
         query, key, plain, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
@@ -802,8 +801,7 @@ class Trainer:
     def follow(self, slow, decay):
         """The parameters and buffers of a slow copy, MoCo's momentum encoder [D] or averaged weights, take a step
         towards the trained network's."""
-        pair = [[*net.parameters(), *net.buffers()] for net in (slow, self.net)]
-        get_ema_multi_avg_fn(decay)(*pair, None)
+        get_ema_multi_avg_fn(decay)(*([*net.parameters(), *net.buffers()] for net in (slow, self.net)), None)
 
     def step(self, x, y, N, optimizer):
         """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
@@ -816,7 +814,7 @@ class Trainer:
         self.scaler.update()
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
-        # an average that is young forgets faster, or the random weights of its start stay in it
+        # a young average forgets faster, so that the random weights of its start don't stay in it
         t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)            # steps done, about
         average = min(self.config.average, (1 + t) / (10 + t))
         for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, average)):
@@ -825,7 +823,8 @@ class Trainer:
         return {name: part.detach() for name, part in parts.items()}
 
     def agree(self):
-        """Losses become the mean of all processes, BatchNorm's running statistics those of the first."""
+        """Losses become the mean of all processes (of steps before a resume they are the first's), BatchNorm's running
+        statistics those of the first."""
         history = torch.stack(self.history)                                     # [steps,parts]
         dist.all_reduce(history)
         self.history = list(history / self.ranks)
@@ -886,8 +885,8 @@ class Trainer:
         return self.evaluated
 
     def state_dict(self):
-        """All that the rest of the run follows from, and all that load() needs; plain values and tensors
-        alone, loads with weights_only=True. The tensors are live: copy.deepcopy keeps a state. Random states
+        """All that the rest of the run depends on and that load() needs, in plain values and tensors:
+        weights_only=True reads it. The tensors are live: copy.deepcopy keeps a state. Random states
         are not among it: see reseed."""
         return dict(net=self.net.state_dict(), key_encoder=self.key_encoder and self.key_encoder.state_dict(),
                     averaged=self.averaged and self.averaged.state_dict(),
@@ -918,7 +917,7 @@ class Trainer:
 
 
 # ---------------------------------------------------------------------------------------
-# 7. Appendix: files, the embedded data, devices, checkpoints
+# 7. Appendix: files, the built-in data, devices, checkpoints
 # ---------------------------------------------------------------------------------------
 
 FILE_SETS = "folder", "imagenet_lt", "inat18"
@@ -932,8 +931,8 @@ def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
     y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
     folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
     files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
-    They are read in training. With a holdout, of which hold_out() will make the test set, root/val may be missing:
-    the training images take its place.
+    They are read in training, small ones of one size (64 pixels at most) here. With a holdout, of which hold_out()
+    will make the test set, root/val may be missing: the training images take its place.
     """
     if name == "shapes":
         return draw_shapes()
@@ -1025,7 +1024,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return torch.zeros(3, 1, 1, dtype=torch.uint8), -1
 
     def report(self, asked, rows):
-        """Name files that were asked for and not read, each once. Raises InputError for several and over 1 % of all."""
+        """Name files that were asked for and not read, each once. Raises InputError for all, or several and over 1 %."""
         require((rows >= 0).all(), f"none of {len(self)} image files can be read, {self.paths[asked[0]]} for one: "
                 "look at them, and whether that is where they are")
         new = {self.paths[i] for i in asked[asked != rows].tolist()} - self.unreadable
@@ -1043,7 +1042,7 @@ def into_memory(files, y):
     for i in range(len(files)):
         x, row = files[i]
         if row < 0:
-            files.report(torch.tensor([i]), torch.tensor([row]))    # raises, before each of the others looks at all
+            files.report(torch.tensor([i]), torch.tensor([row]))    # raises now: each of the others would try them all again
         if max(x.shape) > 64 or pixels and x.shape != pixels[0].shape:
             return None
         pixels.append(x)
@@ -1124,7 +1123,7 @@ def download_cifar(name, path):
     write_whole(path, content.getbuffer())
 
 
-# The embedded data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
+# The built-in data. A class is an outline with a texture, c -> (c mod 5, c mod 4): twenty
 # different pairs in which every outline and every texture belongs to head and tail classes
 # alike. What a tail class looks like can be learnt from the head, as [D] claims of real data.
 
@@ -1159,7 +1158,7 @@ def paint_shape(canvas, outline, texture, colours, centre, scale, angle):
 
 
 def draw_shapes(n_train=300, n_test=50, seed=0):
-    """The embedded data set: 20 classes, n_train and n_test images each, 32 x 32. The same
+    """The built-in data set: 20 classes, n_train and n_test images each, 32 x 32. The same
     pixels everywhere: numpy's legacy stream never changes, and in float64 rounding is too small to change a pixel."""
     rng = np.random.RandomState(seed)
 
@@ -1199,7 +1198,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         probe = torch.empty(0, device=name)
-        probe.cpu()                                     # meta tensors have no values
+        probe.cpu()                                     # tensors of the meta device have no values
         return probe.device
     except Exception as error:  # torch raises all kinds
         raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]:.100}): try --device cpu") from None
@@ -1250,7 +1249,7 @@ def leave_signals_to_the_trainer(_, seconds=30):
     """A signal to the whole group reaches a loader's workers too, but they must live until the trainer has finished its
     step. So SIGINT is ignored, and SIGTERM, which multiprocessing sends at exit as well, ends a worker seconds later."""
     last = threading.Timer(seconds, os._exit, [0])
-    last.daemon = True                                  # it may end before
+    last.daemon = True                                  # the worker doesn't wait for it at exit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: last.is_alive() or last.start())
     if hasattr(signal, "pthread_sigmask"):
