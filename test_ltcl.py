@@ -18,6 +18,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import weakref
 import zlib
@@ -45,6 +46,24 @@ def shapes_are_drawn_once():
     ltcl.draw_shapes = functools.cache(draw)
     yield
     ltcl.draw_shapes = draw
+
+
+STARTED = []
+
+
+def start(*args, **how):
+    STARTED.append(subprocess.Popen(*args, **how))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """Also where a test fails, its processes end with it."""
+    yield
+    while STARTED:
+        if (run := STARTED.pop()).poll() is None:
+            run.kill()
+            run.wait()
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -219,7 +238,8 @@ def all_losses(z, y, tau, k=None):
             ltcl.dscl_loss(z, z, y, z, y.roll(1), tau=tau), ltcl.pbsd_loss(z[:, None].flip(0), z[:, None], z, tau)]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+                    reason="torch.compile needs a C++ compiler and Python's headers")
 def test_a_compiled_loss_has_the_same_gradient():       # a sum over blocks along the first dimension had not
     q, k, queue = (unit(n, 16, seed=n).requires_grad_() for n in (24, 25, 64))
     y, queue_y = torch.arange(24) % 5, torch.arange(64) % 6 - 1
@@ -436,6 +456,14 @@ def test_colours():
     b, c, s = torch.full((3, 1, 1, 1), 0.2)             # all at once are one after the other
     all_three = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x[:1], 1.2), 1.2), 1.2)
     torch.testing.assert_close(ltcl.recolour(x[:1], b, c, s, 0 * s), all_three, rtol=0, atol=1e-3)
+    flat = torch.full((2000, 3, 2, 2), 0.5)
+    bright = ltcl.random_jitter(flat, rng, (0.4, 0, 0, 0), p=1, grey=0) / flat
+    assert 0.5999 < bright.min() < 0.61 and 1.39 < bright.max() < 1.4001
+    assert 0.75 < (ltcl.random_jitter(flat, rng, grey=0) != flat).flatten(1).any(1).float().mean() < 0.85
+    flat[:, 0] = 0.7
+    hues = ltcl.random_jitter(flat, rng, (0, 0, 0, 0.1), p=1, grey=0)
+    cosine = F.cosine_similarity(hues - hues.mean(1, keepdim=True), flat - flat.mean(1, keepdim=True))
+    assert 0.8089 < cosine.min() < 0.811                # a tenth of a turn either way
     turned = ltcl.random_jitter(x, rng, (0, 0, 0, 0.1), p=1, grey=0)
     torch.testing.assert_close(turned.mean(1), x.mean(1), rtol=0, atol=0.02)
     assert (turned - x).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.9
@@ -456,6 +484,14 @@ def test_strong_changes():
         torch.testing.assert_close(changed[i], turned, rtol=0, atol=1e-4)
     for i in (kind == 3).nonzero()[:, 0].tolist():      # a shift is by up to 0.3 of the side
         assert (changed[i, :, 8] == 0).all(0).sum().item() == pytest.approx(0.3 * 48 * abs(strength[i].item()), abs=1.01)
+    for n, adjust in ((5, "brightness"), (6, "contrast"), (7, "saturation")):
+        for i in (kind == n).nonzero()[:, 0].tolist():
+            theirs = getattr(torchvision.transforms.functional, f"adjust_{adjust}")(wide[i], 1 + 0.9 * strength[i].item())
+            torch.testing.assert_close(changed[i], theirs, rtol=0, atol=2e-3)
+    for i in (kind == 1).nonzero()[:, 0].tolist():      # a shear
+        angle = math.degrees(math.atan(0.3 * strength[i].item()))
+        sheared = torchvision.transforms.functional.affine(wide[i], 0, [0, 0], 1, [angle, 0], torchvision.transforms.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(changed[i], sheared, rtol=0, atol=1e-4)
     for i in (kind == 9).nonzero()[:, 0].tolist():      # posterised: 16 to 256 levels
         assert len(changed[i].unique()) <= 2 ** (8 - 4 * abs(strength[i].item())) + 1
     half = torch.linspace(0, 1, 32).expand(500, 3, 32, 32).contiguous()
@@ -494,7 +530,9 @@ def test_averaged_weights_are_evaluated_saved_and_loaded(tiny, tmp_path):
     assert net.experts[0].head[3].weight.shape == (24, 48)
     assert torch.equal(net.state_dict()[weight], state["averaged"][weight]) and not torch.equal(state["net"][weight], state["averaged"][weight])
     x = torch.rand(2, 3, 8, 8)
-    assert net(x).abs().max() <= 30 and not any("classifier.bias" in key for key in state["net"])
+    cosines = F.cosine_similarity(net.maps(x)[0].mean((2, 3))[:, None], net.experts[0].classifier.weight, dim=2)
+    torch.testing.assert_close(net.logits(net.maps(x))[0], 30 * cosines)
+    assert not any("classifier.bias" in key for key in state["net"])
     with torch.no_grad():
         before = net(x)
         net.experts[0].classifier.weight[1] *= 5        # lengths don't matter
@@ -506,6 +544,10 @@ def test_blur_is_torchvisions():
     out = ltcl.random_blur(x, torch.Generator().manual_seed(0), p=1, sigma=(1.0, 1.0))
     torch.testing.assert_close(out, torchvision.transforms.functional.gaussian_blur(x, [7, 7], [1.0, 1.0]), rtol=0, atol=1e-5)
     assert ltcl.random_blur(torch.rand(1, 3, 400, 16), torch.Generator()).shape == (1, 3, 400, 16)      # a kernel wider than the image
+    point = torch.zeros(400, 3, 64, 64)
+    point[..., 32, 32] = 1
+    centre = ltcl.random_blur(point, torch.Generator().manual_seed(0), p=1)[..., 32, 32]
+    assert 0.0466 < centre.min() < 0.048 and centre.max() > 0.999       # of sigma 2 to 0.1
     half = ltcl.random_blur(x.repeat(20, 1, 1, 1), torch.Generator().manual_seed(0))
     assert 35 < (half == x.repeat(20, 1, 1, 1)).flatten(1).all(1).sum() < 85
 
@@ -535,6 +577,7 @@ def test_half_of_the_resized_views_are_mirrored():
     views = ltcl.resized_view(ramp, torch.Generator().manual_seed(0), 8)
     falling = (views.diff(dim=3) < 0).flatten(1)
     assert views.amin() < 3 / 255 and views.amax((1, 2, 3)).sub(views.amin((1, 2, 3))).max() > 34 / 255     # some show it all
+    assert views.amax((1, 2, 3)).sub(views.amin((1, 2, 3))).min() < 12 / 255    # and some 8 % of it
     assert 160 < falling.any(1).sum() < 240 and (falling.all(1) == falling.any(1)).all()
 
 
@@ -550,8 +593,27 @@ def test_views_of_large_images():
     x[:, 0], x[:, 1:] = 150, 50                         # a key keeps its hue
     key = ltcl.key_view(x, rng, 64)
     assert (key[:, 1] - key[:, 2]).abs().max() < 1e-5 and (key[:, 0] - key[:, 1]).min() > 0.05
+    assert (key[:, 0] - 150 / 255).abs().amax((1, 2)).min() > 1e-4      # and each is jittered
     hidden = [(view(x, rng, 64) == 0.5).all(1).sum((1, 2)).min() for view in ltcl.AUGMENTATIONS["strong"][:3]]
     assert hidden[0] == hidden[1] == 0 < hidden[2]      # Cutout is the classifier's alone
+
+
+def test_what_the_views_are_made_of(monkeypatch):
+    made, rng = [], torch.Generator().manual_seed(0)
+    for name in ("crop", "boxes", "flip", "grayscale", "jitter", "change", "cutout", "blur"):
+        def recorded(*args, name=name, real=getattr(ltcl, "random_" + name), **how):
+            made[-1] += f" {name}"
+            return real(*args, **how)
+        monkeypatch.setattr(ltcl, "random_" + name, recorded)
+    for aug, expected in (("crop", [" crop flip grayscale"] * 3 + [" flip grayscale"]),
+                          ("resized", [" flip boxes jitter blur", " flip boxes jitter", " flip boxes", " flip jitter blur"]),
+                          ("strong", [" flip boxes jitter"] * 2 + [" crop flip change cutout", " flip jitter blur"])):
+        made.clear()
+        *views, patch = ltcl.AUGMENTATIONS[aug]
+        for view in (*views, lambda x, rng, _: patch(x / 255, rng)):
+            made.append("")
+            view(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), rng, [32, 32])
+        assert [{*m.split()} for m in made] == [{*e.split()} for e in expected], aug
 
 
 # --- networks, curriculum, trainer ---------------------------------------------------------
@@ -562,6 +624,7 @@ def test_parameter_counts(net, parameters):             # He et al. 2016, table 
     parts = hybrid.early, hybrid.experts[0].last, hybrid.experts[0].classifier
     assert sum(p.numel() for part in parts for p in part.parameters()) == parameters
     assert hybrid(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+    assert hybrid.experts[0].last[-1].conv2.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)     # He et al. 2015
     assert hybrid.experts[0].last[0].conv1.weight.shape == (64, 32, 3, 3)       # an expert has the whole last stage
     x = torch.rand(2, 3, 28, 28)
     expected = hybrid.eval()((x - 0.5) / 0.25)
@@ -584,6 +647,13 @@ def test_curricula_and_learning_rate():
     assert ltcl.learning_rate(102.5, c) == pytest.approx(0.25) and ltcl.learning_rate(200, c) == pytest.approx(0)
     c.epochs = 5                                        # a short run warms up for a fifth of it
     assert ltcl.learning_rate(0.5, c) == pytest.approx(0.25) and ltcl.learning_rate(1, c) == 0.5
+
+
+def test_the_learning_rate_changes_with_every_step(monkeypatch):
+    trainer, rates, step = tiny_trainer(method="ce", epochs=10), [], ltcl.Trainer.step
+    monkeypatch.setattr(trainer, "step", lambda *args: rates.append(args[3].param_groups[0]["lr"]) or step(trainer, *args))
+    trainer.train_epoch()
+    assert rates == pytest.approx([0.05 / 4, 0.05 / 2])         # of a warm-up of two epochs
 
 
 def test_accuracy_of_groups():
@@ -754,10 +824,10 @@ def test_the_momentum_encoder_follows_parameters_and_buffers(monkeypatch):
             changed |= {name} if not torch.equal(t, before[name]) else set()
     assert "early.1.running_var" in changed and "early.0.weight" in changed
     assert all(p.grad is None for p in trainer.key_encoder.parameters())
-    monkeypatch.undo()
-    frozen = {name: t.clone() for name, t in trainer.key_encoder.state_dict().items()}
+    decays = []
+    monkeypatch.setattr(trainer, "follow", lambda slow, decay: decays.append((slow is trainer.key_encoder, decay)))
     trainer.train_epoch()
-    assert not torch.equal(frozen["early.0.weight"], trainer.key_encoder.state_dict()["early.0.weight"])
+    assert decays == [(True, 0.9)] * 2
 
 
 STEPS = [dict(method="ce"), dict(method="sc"), dict(method="psc"), dict(), dict(experts=2),
@@ -798,6 +868,9 @@ def test_a_step_copies_nothing_from_the_host(settings):
             torch.ones(3)[[0, 1]]
     if trainer.config.curriculum != "two-stage":    # DistributedDataParallel waits for every gradient
         assert all((p.grad is not None) == p.requires_grad for p in trainer.net.parameters())
+    for e in trainer.net.experts:
+        assert e.prototypes.requires_grad == (trainer.config.method == "psc")
+        assert all(p.requires_grad == (trainer.config.method != "ce") for p in e.head.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -862,19 +935,24 @@ def test_patches_leave_batchnorm_alone():
 def test_patches_have_their_size_and_an_empty_queue_is_none(monkeypatch):
     sizes, losses, cut, keys = [], [], ltcl.cut, unit(1, 8, 128, dtype=torch.float32)
     monkeypatch.setattr(ltcl, "cut", lambda x, boxes, size, *rest: sizes.append(size) or cut(x, boxes, size, *rest))
-    for settings in (dict(), dict(queue=16), dict(aug="resized"), dict(patch_size=10)):
+    scales, boxes = [], ltcl.random_boxes
+    monkeypatch.setattr(ltcl, "random_boxes", lambda *args, side_scale: scales.append(side_scale) or boxes(*args, side_scale=side_scale))
+    for settings in (dict(), dict(queue=16), dict(aug="resized"), dict(patch_size=10, box_scale="side")):
         trainer = tiny_trainer(**settings)
         trainer.reseed(0)
         losses.append(trainer.patch_loss(torch.ones(8, 3, 56, 56), [torch.ones(8, 64, 14, 14)], keys).item())
-    assert sizes[::2] == [28, 28, 16, 10] and losses[0] == pytest.approx(losses[1])
+    assert sizes[::2] == [28, 28, 16, 10] and scales == [False, False, False, True] and losses[0] == pytest.approx(losses[1])
 
 
 def test_two_stages():
-    trainer = tiny_trainer(curriculum="two-stage", stage2_epochs=8, stage2_lr=0.02, ema=0.9, queue=16)
+    trainer = tiny_trainer(curriculum="two-stage", stage2_epochs=8, stage2_batch=4, stage2_lr=0.02, ema=0.9, queue=16)
     first = [trainer.train_epoch() for _ in range(2)]
     assert all("loss_ce" not in e and e["contrast_weight"] == 1 for e in first)
     frozen = {k: v.clone() for k, v in trainer.state_dict()["net"].items()}
-    second = [trainer.train_epoch() for _ in range(8)]
+    of, tracked, maps = set(), [], trainer.net.maps
+    trainer.net.maps = lambda x: (m := maps(x), tracked.append(m[0].requires_grad))[0]
+    second = [trainer.train_epoch(lambda step, steps: of.add(steps)) for _ in range(8)]
+    assert of == {21 // 4} and tracked == [False] * 40 and not any(o["weight_decay"] for o in trainer.optimizers[1].param_groups)
     assert trainer.epoch == trainer.epochs == 10
     assert all("loss_contrast" not in e and e["contrast_weight"] == 0 for e in second)
     changed = {k for k, v in trainer.net.state_dict().items() if not torch.equal(v, frozen[k])}
@@ -928,7 +1006,7 @@ def test_combinations_train(settings):
     start = weights(trainer)
     for _ in range(trainer.epochs):
         last = trainer.train_epoch()
-    assert math.isfinite(last["loss"]) and trainer.evaluate()["top1"] is not None and not torch.equal(weights(trainer), start)
+    assert math.isfinite(last["loss"]) and 0 <= trainer.evaluate()["top1"] <= 100 and not torch.equal(weights(trainer), start)
 
 
 def test_torchvisions_networks():
@@ -1025,8 +1103,8 @@ def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
 def test_a_signal_to_the_loaders_workers_too(number, tmp_path):
     write_tree(tmp_path / "data", size=(80, 70))
     argv = [*FOLDER, "--data", tmp_path / "data", "--method", "ce", "--net", "resnet8", "--size", "32", "--epochs", "500", "--out", tmp_path / "run"]
-    run = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, argv)], cwd=HERE, start_new_session=True, text=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run = start([sys.executable, HERE / "train.py", *map(str, argv)], cwd=HERE, start_new_session=True, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.time() + 120
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and log.stat().st_size) and time.time() < until:
@@ -1089,6 +1167,8 @@ def test_a_young_average_forgets_the_first_weights():
     assert torch.equal(average, torch.cat([t.flatten() for t in trainer.averaged.state_dict().values()]))
     trainer.train_epoch()
     assert decays == [(1 + t) / (10 + t) for t in range(4)]
+    trainer.averaged.experts[0].classifier.bias[1] = 1e3
+    assert trainer.evaluate()["by_class"] == [0, 100, 0]        # it is the average that is evaluated
 
 
 def test_data_of_ones_own(monkeypatch, tmp_path):
@@ -1139,11 +1219,26 @@ def test_each_view_goes_where_it_belongs(monkeypatch):
 
 def test_both_views_are_anchors_but_a_momentum_encoders():
     q, k, p, queue, y = unit(8, 128), unit(8, 128, seed=1), unit(3, 128, seed=2), unit(0, 128), torch.arange(8) % 3
-    one, other = ltcl.dscl_loss(q, k, y), ltcl.dscl_loss(k, q, y)
+    one, other = (ltcl.dscl_loss(*pair, y, alpha=0.3, tau=0.5) for pair in ((q, k), (k, q)))
     both = torch.cat([q, k]), torch.cat([y, y])
-    for settings, expected in ((dict(), (one + other) / 2), (dict(ema=0.9), one), (dict(method="psc"), ltcl.psc_loss(*both, p)),
-                               (dict(method="sc"), ltcl.sc_loss(*both))):
-        torch.testing.assert_close(tiny_trainer(**settings).contrast_loss(q, k, y, p, queue), expected)
+    for settings, expected in ((dict(alpha=0.3), (one + other) / 2), (dict(alpha=0.3, ema=0.9), one),
+                               (dict(method="psc"), ltcl.psc_loss(*both, p, 0.5)), (dict(method="sc"), ltcl.sc_loss(*both, 0.5))):
+        torch.testing.assert_close(tiny_trainer(tau=0.5, **settings).contrast_loss(q, k, y, p, queue), expected)
+
+
+def test_what_the_contrast_hands_on(monkeypatch):
+    """The queries' maps to the teachers, the keys with their labels to the queue, each expert's own queue to both losses."""
+    trainer, y, teachers, queues = tiny_trainer(experts=2, queue=16), torch.arange(8) % 3, [], []
+    trainer.remember(unit(2, 16, 128, dtype=torch.float32), torch.arange(16) % 3)
+    dscl, pbsd, patch_loss = ltcl.dscl_loss, ltcl.pbsd_loss, trainer.patch_loss
+    monkeypatch.setattr(ltcl, "dscl_loss", lambda q, k, y, queue, *rest: queues.append(queue) or dscl(q, k, y, queue, *rest))
+    monkeypatch.setattr(ltcl, "pbsd_loss", lambda c, s, z, *rest: queues.append(z[8:]) or pbsd(c, s, z, *rest))
+    monkeypatch.setattr(trainer, "patch_loss", lambda view, maps, keys: teachers.extend(maps) or patch_loss(view, maps, keys))
+    maps = [torch.rand(16, 64, 2, 2) for _ in range(2)]
+    _, (keys, labels) = trainer.contrast([torch.rand(8, 3, 8, 8)] * 2, maps, y)
+    assert torch.equal(keys, trainer.net.embed(maps)[:, 8:]) and torch.equal(labels, y)
+    assert states_equal(teachers, [m[:8] for m in maps])
+    assert states_equal(queues, [trainer.queue[i] for i in (0, 0, 1, 1, 0, 1)])     # both views are anchors; then the patches
 
 
 def test_two_experts_that_are_alike_are_as_one():
@@ -1323,7 +1418,14 @@ def test_presets_are_the_papers_settings():
     assert train.Config.of(dataset="inat18", method="sc").queue == 0
     assert train.Config.of(dataset="inat18", method="ce", curriculum="parabolic").curriculum == "parabolic"    # its second stage left out
     assert train.Config.of(dataset="cifar10", method="psc").tau == 1 and train.Config.of(dataset="cifar100", method="psc").tau == 0.1
+    c = train.Config.of(dataset="cifar100")
+    assert (c.net, c.epochs, c.batch_size, c.lr, c.momentum, c.weight_decay, c.warmup, c.schedule) == (
+        "resnet32", 200, 512, 0.5, 0.9, 1e-4, 5, "step")
+    assert (c.imb, c.tau, c.alpha, c.pbsd, c.patches, c.ema, c.queue, c.curriculum, c.classifier, c.box_scale) == (
+        100, 0.1, 0.1, 1.5, 5, 0, 0, "parabolic", "auto", "area")
     record = train.Config.of(dataset="cifar10", method="psc", recipe="record")
+    assert (record.aug, record.classifier, record.curriculum, record.batch_size, record.schedule, record.lr, record.weight_decay) == (
+        "strong", "logit-adjusted", "constant", 256, "cosine", 0.3, 2.5e-4)
     assert record.tau == 0.1 and train.settings_text(record) == "--recipe record"
 
 
@@ -1456,6 +1558,7 @@ def test_kill(tiny, tmp_path):
     out, died, seed, epochs = tmp_path / "killed", 0, 0, []
     while died < kills:
         seed += 1
+        assert seed < 20 * kills, "hardly any run is killed"
         chance = (0.0, 0.04)[seed % 2]                  # half of them anywhere, half of them within a save
         script = KILLER.format(here=str(HERE), seed=seed, wait=(2 * seconds / kills + 5, 1e6)[seed % 2], chance=chance)
         run = subprocess.run([sys.executable, "-c", script, *argv, "--resume", "--out", str(out)], capture_output=True, text=True)
@@ -1473,9 +1576,9 @@ def test_kill(tiny, tmp_path):
 def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
     script = (f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import ltcl, train\n"
               "ltcl.Trainer.step = lambda *_: (print('stepping', flush=True), time.sleep(60))\nsys.exit(train.main(sys.argv[1:]))")
-    run = subprocess.Popen([sys.executable, "-c", script, *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    while "stepping" not in run.stdout.readline():
-        pass
+    run = start([sys.executable, "-c", script, *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    while "stepping" not in (line := run.stdout.readline()):
+        assert line, "it ended before its first step"
     run.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert run.poll() is None
@@ -1551,8 +1654,10 @@ def a_run(tmp_path_factory):
     return folder / "run"
 
 
-def test_views_are_piled_from_head_to_tail(a_run):
-    tiles = ltcl.read_picture(a_run / "views.png")[0, 4:, 4:].unfold(0, 64, 68).unfold(1, 64, 68)       # [rows,classes,64,64]
+def test_views_are_piled_from_head_to_tail(tmp_path):
+    config = train.Config.of(dataset="t.npz", net="resnet8", batch_size=8, device="cpu")
+    train.save_views(ltcl.Trainer(config, tiny_data(n=(10, 120, 60))), tmp_path / "views.png")
+    tiles = ltcl.read_picture(tmp_path / "views.png")[0, 4:, 4:].unfold(0, 64, 68).unfold(1, 64, 68)       # [rows,classes,64,64]
     assert (tiles < 255).flatten(2).any(2).sum(0).tolist() == [8 + 3, 4 + 3, 1 + 3]         # and three views
 
 
@@ -1700,9 +1805,9 @@ def two_processes(argv, script=None, **more):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    start = ["-c", script] if script else [str(HERE / "train.py")]
-    return [subprocess.Popen([sys.executable, *start, *map(str, argv)], env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more) for rank in (0, 1)]
+    program = ["-c", script] if script else [str(HERE / "train.py")]
+    return [start([sys.executable, *program, *map(str, argv)], env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more) for rank in (0, 1)]
 
 
 def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
@@ -1724,7 +1829,7 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
 
 def test_two_processes_need_a_device_each(tiny, tmp_path):
     for run in two_processes([*tiny, "--device", "cuda:0", "--out", tmp_path / "run"]):
-        err = run.communicate(timeout=60)[1]
+        err = run.communicate(timeout=300)[1]
         assert run.returncode == 2 and err.count("\n") == 1 and "--device cuda:0" in err and "its own GPU" in err
 
 
@@ -1735,11 +1840,11 @@ def until_epoch(run, epoch):
 
 def test_two_processes_stop_go_on_and_end_together(tiny, tmp_path):
     out = tmp_path / "run"
-    runs = two_processes([*tiny, "--epochs", "100000", "--timeout", "30", "--out", out])
+    runs = two_processes([*tiny, "--epochs", "100000", "--timeout", "120", "--out", out])
     until_epoch(runs[0], 2)
     runs[1].send_signal(signal.SIGTERM)                 # one of them alone
     for run in runs:
-        err = run.communicate(timeout=60)[1]
+        err = run.communicate(timeout=300)[1]
         assert run.returncode == 128 + signal.SIGTERM, err
         assert ("torchrun --nproc_per_node=2 train.py --resume --out" in err) == (run is runs[0])
     begun = torch.load(out / "last.pt", weights_only=True)["epoch"]
@@ -1747,7 +1852,7 @@ def test_two_processes_stop_go_on_and_end_together(tiny, tmp_path):
     runs = two_processes(["--resume", "--out", out])
     until_epoch(runs[0], begun + 2)
     runs[1].kill()
-    err = runs[0].communicate(timeout=60)[1]
+    err = runs[0].communicate(timeout=300)[1]
     assert runs[0].returncode == 1 and "another process of the run ended" in err.splitlines()[-1], err
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] > begun
     runs[1].communicate()
@@ -1771,7 +1876,7 @@ def test_eval(a_run, tmp_path, capsys):
         assert ["accuracy", "%", *(f"{last[name]:.2f}" for name in ("top1", "many", "medium", "few"))] in table
         accuracies = [float(row[1]) for row in table[-3:]]
         assert [row[0::2] for row in table[-3:]] == [["120", "dark"], ["60", "grey"], ["10", "bright"]]
-        assert sum(accuracies) / 3 == pytest.approx(last["balanced"], abs=0.01)
+        assert accuracies == pytest.approx(torch.load(a_run / "last.pt", weights_only=True)["evaluated"]["by_class"], abs=0.01)
     refused(capsys, tmp_path, ["--eval", tmp_path], "last.pt does not exist")
     refused(capsys, tmp_path, ["--eval", a_run, "--lr", "1"], "--lr")
     refused(capsys, tmp_path, ["--eval", a_run, "--dataset", tmp_path / "no.npz"], "no.npz")
@@ -1789,8 +1894,11 @@ def test_predict_takes_every_picture(a_run, tmp_path, capsys):
     lines = shown.out.splitlines()
     assert [line.split(": ")[0] for line in lines] == pictures
     assert shown.err.splitlines() == [f"warning: {tmp_path / 'bad.png'} is not a readable image: skipped", "warning: missing.png is no file: skipped"]
+    net = ltcl.load(a_run, "cpu")
+    likeliest = {path: net.class_names[net(net.preprocess(path)[None]).argmax()] for path in pictures}
     for line in lines:
         percents = [float(word) for word in line.split(": ")[1].split() if word[0].isdigit()]
+        assert line.split(": ")[1].split()[0] == likeliest[line.split(": ")[0]]
         assert len(percents) == 3 and sum(percents) == pytest.approx(100, abs=0.2) and percents == sorted(percents, reverse=True)
     data = tiny_data(n=(4,) * 7)
     data.class_names = list("abcdefg")
@@ -1840,13 +1948,16 @@ def test_load(a_run, tmp_path):
     assert 100 * right == pytest.approx(json.loads((a_run / "log.jsonl").read_text().splitlines()[-1])["top1"])
 
 
-def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd):
+def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd, monkeypatch):
+    sizes, forward = set(), ltcl.Hybrid.forward
+    monkeypatch.setattr(ltcl.Hybrid, "forward", lambda net, x: sizes.add((*x.shape[2:],)) or forward(net, x))
     write_tree(tmp_path / "data", n=(6, 4), modes=("RGB",))
     argv = [*FOLDER, "--net", "resnet8", "--method", "ce", "--data", tmp_path / "data", "--out", tmp_path / "run"]
     assert train.main([str(a) for a in argv]) == 0
     picture = sorted((tmp_path / "data" / "val").rglob("*.png"))[0]
     assert train.main(["--eval", str(tmp_path / "run")]) == 0
     assert train.main(["--predict", str(tmp_path / "run"), str(picture)]) == 0
+    assert sizes == {(64, 64)}                          # of those that were read at 73 x 73
     net = ltcl.load(tmp_path / "run", "cpu")
     x, _ = ltcl.ImageFiles([str(picture)], net.stored)[0]
     torch.testing.assert_close(net.preprocess(picture), torchvision.transforms.functional.center_crop(x, 64) / 255)
@@ -1870,8 +1981,10 @@ def test_a_run_of_a_hundred_steps_warns_of_nothing(tiny, tmp_path, capsys):
     assert run.left() == "30.0 min left" and run.left(0.5, 30) == "29.5 min left"
 
 
-def test_quiet(tiny, tmp_path, capsys):
-    assert train.main([*tiny, "--quiet", "--out", str(tmp_path / "run")]) == 0
+def test_quiet(tiny, tmp_path, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(train, "keep_memory", lambda: kept.append(True))
+    assert train.main([*tiny, "--quiet", "--out", str(tmp_path / "run")]) == 0 and kept     # as on every CPU
     shown = capsys.readouterr()
     assert "epoch " not in shown.out and "accuracy %" in shown.out and shown.err.count("\n") == 1    # a warning
 
@@ -1923,7 +2036,7 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         patch.setattr(torch, "get_num_threads", lambda: 3)
         trainer = tiny_trainer()
         trainer.evaluated = dict(top1=50.0, many=None, medium=None, few=50.0)
-        assert ", 3 threads, torch " in (row := train.result_row(trainer, 1))[11] and not row[11].endswith("compiled")
+        assert "3 threads, torch " in (row := train.result_row(trainer, 1))[11] and not row[11].endswith("compiled")
         trainer.config.compile = "on"
         assert train.result_row(trainer, 1)[11] == row[11] + ", compiled"
     assert f"{torch.get_num_threads()} thread" in rows[0][11] and rows[0][11].endswith(f"torch {torch.__version__}, float32")
