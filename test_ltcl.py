@@ -683,6 +683,10 @@ def write_npz(path, **changes):
     return str(path)
 
 
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 TINY = ["--net", "resnet8", "--epochs", "2", "--batch-size", "8", "--lr", "0.05", "--device", "cpu"]
 
 
@@ -698,7 +702,7 @@ def test_every_method_end_to_end(tiny, tmp_path, capsys):
         shown = capsys.readouterr().out
         for words in ("top-1", "many", "medium", "few", "chance %", "n/a", "33.33", "To try next: python train.py"):
             assert words in shown
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        log = log_of(out)
         assert [e["epoch"] for e in log] == [1, 2] and log[0].keys() == train.EPOCH.keys()
         assert log[1]["many"] is None and log[1]["medium"] is None and log[1]["few"] == log[1]["balanced"]
         contrast = [log[1][key] for key in ("loss_contrast", "cos_positive", "cos_negative", "spread")]
@@ -1029,7 +1033,7 @@ def test_other_images(grey, size, tmp_path):
 
 def test_evaluation_now_and_then(tiny, tmp_path):
     assert train.main([*tiny, "--epochs", "5", "--eval-every", "2", "--out", str(tmp_path / "run")]) == 0
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "run")
     assert [e["top1"] is not None for e in log] == [False, True, False, True, True]
 
 
@@ -1094,7 +1098,7 @@ def test_a_folder_of_large_images_end_to_end(tmp_path, capfd):
     assert "warning: --queue 64" in shown.err and "19 training images in 4 classes of 8 to 1, 8 test images" in shown.out
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["class_names"] == ["class0", "class1", "class2", "class3"] and (saved["queue_y"] >= 0).sum() == 18
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "run")
     assert log[0]["loss_pbsd"] > 0 and log[0]["loss_ce"] is None is log[0]["top1"] and log[1]["loss_contrast"] is None
     assert (tmp_path / "run" / "views.png").stat().st_size > 1000
 
@@ -1390,7 +1394,7 @@ def test_list_files(tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         assert train.main([*do, str(tmp_path / "run"), "--test-list", str(tmp_path / "other.txt")]) == 0
         titles.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  accuracy")))
-    old = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["top1"]
+    old = log_of(tmp_path / "run")[-1]["top1"]
     assert titles[0] == titles[1] and f"{old:.2f}" not in titles[0]
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
@@ -1444,7 +1448,7 @@ def states_equal(a, b):
 def same_run(a, b):
     """Do two finished runs agree in all but their folder and their clock?"""
     states = [torch.load(out / "last.pt", weights_only=True) for out in (a, b)]
-    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
+    logs = [log_of(out) for out in (a, b)]
     for state, log in zip(states, logs):
         state["config"]["out"] = ""
         for record in [*log, *state["log"]]:
@@ -1554,7 +1558,7 @@ def test_kill(tiny, tmp_path):
     kills = int(os.environ.get("LTCL_KILLS", 3))
     argv = [*tiny, "--queue", "12", "--ema", "0.9", "--epochs", str(max(30, 6 * kills))]
     assert train.main([*argv, "--quiet", "--out", str(tmp_path / "whole")]) == 0
-    seconds = sum(json.loads(line)["seconds"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines())
+    seconds = sum(epoch["seconds"] for epoch in log_of(tmp_path / "whole"))
     out, died, seed, epochs = tmp_path / "killed", 0, 0, []
     while died < kills:
         seed += 1
@@ -1611,7 +1615,7 @@ def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
     assert state["elapsed"] > 0
     torch.save(state | dict(elapsed=1000.0), out / "last.pt")
     assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "fp16"]) == 0     # given again; no matter; rounding
-    taken = [json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text().splitlines()]
+    taken = [epoch["seconds"] for epoch in log_of(out)]
     assert taken[1] > 1000 > taken[2]                   # with those before the stop
     assert "note: --amp goes from auto to fp16: the last digits change" in capsys.readouterr().err
     assert train.main(["--eval", str(out), "--amp", "off"]) == 0
@@ -1822,7 +1826,7 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
     assert all(states_equal(a[key], b[key]) for key in ("net", "queue", "queue_y", "optimizers", "evaluated"))
     assert (a["queue_y"] >= 0).all() and a["ranks"] == 2 and a["epoch"] == 3
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "last.pt", "log.jsonl", "views.png"]
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "run")
     assert len(train.read_results(tmp_path / "results.csv")) == 1
     assert [r["epoch"] for r in log] == [1, 2, 3] and all(math.isfinite(r[name]) for r in log for name in ("loss", "loss_pbsd", "spread"))
 
@@ -1867,7 +1871,7 @@ def write_picture(path, level=180, size=(50, 40), mode="RGB", **how):
 
 
 def test_eval(a_run, tmp_path, capsys):
-    last = json.loads((a_run / "log.jsonl").read_text().splitlines()[-1])
+    last = log_of(a_run)[-1]
     for run in (a_run, a_run / "last.pt"):
         capsys.readouterr()
         assert train.main(["--eval", str(run), "--per-class", "--workers", "0"]) == 0
@@ -1945,7 +1949,7 @@ def test_load(a_run, tmp_path):
     data = ltcl.load_dataset(str(a_run.parent / "tiny.npz"))
     with torch.inference_mode():
         right = (net(data.x_test / 255).argmax(1) == data.y_test).double().mean()
-    assert 100 * right == pytest.approx(json.loads((a_run / "log.jsonl").read_text().splitlines()[-1])["top1"])
+    assert 100 * right == pytest.approx(log_of(a_run)[-1]["top1"])
 
 
 def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd, monkeypatch):
@@ -2030,7 +2034,7 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         head, *rows = csv.reader(file)
     assert tuple(head) == train.COLUMNS and [row[4] for row in rows] == ["0", "1", "2"]
     assert rows[0][1:4] == ["1", "sc", "--net resnet8 --batch-size 8 --lr 0.05"]
-    last = json.loads((tmp_path / "run-seed1" / "log.jsonl").read_text().splitlines()[-1])
+    last = log_of(tmp_path / "run-seed1")[-1]
     assert rows[1][6] == f"{last['top1']:.2f}" and rows[1][7] == "" and rows[1][9] == f"{last['few']:.2f}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 3)
