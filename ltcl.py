@@ -422,7 +422,7 @@ def sc_loss(z, y, tau=0.1):
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
-        # blocks of [512,B] save memory
+        # in blocks [512,B], each reduced to [512]: they save memory
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min).logsumexp(1) for i in row.split(512)]
         candidates = torch.cat(s)                                                  # [B]
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)

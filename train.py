@@ -148,7 +148,8 @@ class Config:
         return config
 
     def refuse_idle(self, changed, two_stage):
-        """Refuse the names of settings that have no meaning beside the others. two_stage: the curriculum is, or the one that it replaces."""
+        """Refuse the names of settings that have no meaning beside the others. two_stage: the curriculum is, or the one
+        that it replaces."""
         method, patches = f"--method {self.method}", {"patches", "patch_size", "box_scale"}
         for idle, names, action in (
                 (self.method == "ce", {"tau", "pbsd", "hidden", "dim"} | patches, method),
@@ -180,7 +181,7 @@ PRESETS = {
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
     ("inat18", "dscl"): MEMORY,
     "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, schedule="cosine",
-                   lr=0.3, weight_decay=2.5e-4, tau=0.1),   # contrast weight 0.5 halves both losses: as lr 0.15, 5e-4 and whole ones
+                   lr=0.3, weight_decay=2.5e-4, tau=0.1),   # weight 0.5 halves both losses: as lr 0.15, 5e-4 and whole ones
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
 
@@ -196,13 +197,16 @@ def read_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.error = lambda message: ltcl.require(False, f"{message}; python train.py --help lists the flags")
     one_of = parser.add_argument_group("one of").add_mutually_exclusive_group()
-    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out; with its settings, start it if there is none")
-    one_of.add_argument("--seeds", metavar="S", type=int, nargs="+", help="one run a seed, in OUT-seedS; those that were stopped go on")
+    one_of.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out; with its settings, start it if there is none")
+    one_of.add_argument("--seeds", metavar="S", type=int, nargs="+",
+                        help="one run a seed, in OUT-seedS; those that were stopped go on")
     one_of.add_argument("--eval", metavar="RUN", type=Path, help="accuracy of a trained run: its folder or a .pt file")
     one_of.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
     one_of.add_argument("--report", metavar="RUN", nargs="+", help="draw runs side by side (needs matplotlib)")
     one_of.add_argument("--tables", metavar="FILE", type=Path, help="the tables of a file of --results, as Markdown")
-    parser.add_argument("--results", metavar="FILE", type=Path, help="add a row for each run to a .csv file; runs that it has are skipped")
+    parser.add_argument("--results", metavar="FILE", type=Path,
+                        help="add a row for each run to a .csv file; runs that it has are skipped")
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
@@ -277,8 +281,8 @@ def opened(given, go_on):
                  f"--resume --out {out}")
     if held != "last.pt":
         ltcl.require(not held, f"--out {out} holds {held} of a run without its last.pt: name another folder")
-        ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING, f"--resume: --out {out!r} holds no run: name the folder of one, or "
-                     "of a new one with its settings")
+        ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING,
+                     f"--resume: --out {out!r} holds no run: name the folder of one, or of a new one with its settings")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
@@ -291,7 +295,8 @@ def opened(given, go_on):
         return new, None
     refuse_another_run(old, new, given, began, out)
     if state["ranks"] != RANKS:
-        say(f"note: the run had {state['ranks']} processes so far, now {RANKS}: they share batches and BatchNorm's statistics otherwise")
+        say(f"note: the run had {state['ranks']} processes so far, now {RANKS}: they share batches and BatchNorm's statistics "
+            "otherwise")
     return new, state
 
 
@@ -309,7 +314,7 @@ def stop_signals():
 
     def ask(number, _):
         met.append(number)
-        if not dist.is_initialized():                   # from torchrun it comes twice: it passes on what the terminal has sent already
+        if not dist.is_initialized():                   # from torchrun it comes twice: passed on, and from the terminal
             for n in STOP:
                 signal.signal(n, signal.SIG_DFL)
 
