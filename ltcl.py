@@ -422,7 +422,7 @@ def sc_loss(z, y, tau=0.1):
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
-        # in blocks [512,B], each reduced to [512]: they save memory
+        # blocks of [512,B], each reduced to [512], save memory
         s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min).logsumexp(1) for i in row.split(512)]
         candidates = torch.cat(s)                                                  # [B]
         return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
@@ -788,7 +788,8 @@ class Trainer:
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
             if c.classifier == "logit-adjusted":
-                logits = logits + self.class_size.log()     # [E,N,C] the prior, which the network needn't learn then
+                # [Menon et al. 2021, logit adjustment]: the prior log n_c, which the network needn't learn then
+                logits = logits + self.class_size.log()                 # [E,N,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
         return dict(loss=loss, **parts), keys
