@@ -16,14 +16,14 @@ of the method, such as reading files and drawing the built-in data, is the appen
 Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1, q the anchors', k their augmentations'.
 y: labels.  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
 B: rows (images, or all their views, stacked).  C: classes.  D: embedding dimensions.  K: rows in memory, the queue.
-L: patches an image.  E: experts.  P_i: the positives of anchor i, P in code their number.  alpha: [D]'s weight of
-the augmentation ([H]'s alpha, the curriculum's coefficient, is called the contrast weight here).  rng: a torch.Generator.
+L: patches an image.  E: experts.  P_i: the positives of anchor i, its augmentation one of them in SC but not in DSCL;
+P in code: their number.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the curriculum's coefficient, is called
+the contrast weight here).  size: [h,w] of a view or patch, or one number for both.  rng: a torch.Generator.
 """
 
 import contextlib
 import copy
 import io
-import itertools
 import math
 import os
 import signal
@@ -115,8 +115,7 @@ def hold_out(data, share):
 
 
 def class_balanced_rows(y, counts, n, rng):
-    """[H]'s sampling for the classifier: n rows drawn with replacement, each class equally likely. y [N] labels,
-    counts [C] -> [n]."""
+    """[H]'s sampling for the classifier: rows with replacement, each class equally likely. y [N], counts [C] -> [n]."""
     return torch.multinomial(1 / counts[y], n, replacement=True, generator=rng)  # [n]
 
 
@@ -150,7 +149,7 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
 
 
 def cut(x, boxes, size, cells=1.0, samples=-1):
-    """RoIAlign: the boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,size,size].
+    """RoIAlign: the boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,*size].
     cells: how many cells of x one pixel of the boxes spans (1/4 at stride 4); with aligned=True cell i is the tile
     from pixel i/cells to (i+1)/cells. samples: points along a side of an output pixel; -1: as many as it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
@@ -239,29 +238,28 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
 
 
 def crop_view(x, rng, size=None):
-    """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1. size: unused, all views
-    are called alike."""
+    """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1. size: for other views."""
     return random_grayscale(random_flip(random_crop(x, rng), rng) / 255, rng)
 
 
 def resized_view(x, rng, size):
-    """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> [B,3,size,size]."""
+    """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
     return cut(random_flip(x, rng), boxes, size, samples=1).div_(255)
 
 
 def colour_view(x, rng, size):
-    """The records' contrastive views: resized crop, flip, colours. uint8 [B,3,H,W] -> [B,3,size,size]."""
+    """The records' contrastive views: resized crop, flip, colours. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     return random_jitter(resized_view(x, rng, size), rng)
 
 
 def query_view(x, rng, size):
-    """[D, settings]: resized crop, flip, colours, blur. uint8 [B,3,H,W] -> [B,3,size,size]."""
+    """[D, settings]: resized crop, flip, colours, blur. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     return random_blur(colour_view(x, rng, size), rng)
 
 
 def key_view(x, rng, size):
-    """[D, settings]: weaker than the query's, without hue, grayscale and blur. uint8 [B,3,H,W] -> [B,3,size,size]."""
+    """[D, settings]: weaker, without hue, grayscale and blur. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     return random_jitter(resized_view(x, rng, size), rng, (0.4, 0.4, 0.4, 0), p=1, grey=0)
 
 
@@ -398,10 +396,10 @@ class Hybrid(nn.Module):
 #   PBSD   the augmentations and memory          their mean, weighted as the teacher sees them
 #
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
-# compute in float32 also inside autocast: at tau 0.07 bfloat16 similarities put the gradient off by up
-# to several percent. Rows that are no candidates get the lowest finite number for a similarity: with -inf
-# an anchor without candidates would have a NaN gradient. Means over positives come from the sums of whole
-# classes, and the logsumexp of many rows goes in blocks: both save memory and time.
+# compute in float32 also inside autocast: at tau 0.07 bfloat16 similarities put the gradient off by
+# several percent, by more the tighter a class. Rows that are no candidates get the lowest finite number for
+# a similarity: with -inf an anchor without candidates would have a NaN gradient. Means over positives come
+# from the sums of whole classes, and the logsumexp of many rows goes in blocks: both save memory and time.
 # ---------------------------------------------------------------------------------------
 
 def sc_loss(z, y, tau=0.1):
@@ -459,8 +457,11 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
         w_t = alpha (|P_i|+1)  for the augmentation i+,   (1-alpha) (|P_i|+1)/|P_i|  for a row of P_i
 
-    The weights add up to |P_i|+1, hence the form below. In SC the augmentation pulls 1 : |P_i| against the class, the
-    weaker the larger the class; here it is alpha : 1-alpha for head and tail.
+    log exp(w s) = w s, and the weights add up to |P_i|+1, so with s_im = z_m.z_i/tau this is what is computed:
+
+        L_i = logsumexp of s_im over {i+} u M_i  -  alpha s_{i,i+}  -  (1-alpha) mean of s_it over P_i
+
+    In SC the augmentation pulls 1 : |P_i| against the class, the weaker the larger the class; here alpha : 1-alpha always.
     An anchor alone in its class gives all the weight to its augmentation.
     """
     if (queue is None) != (queue_y is None):
@@ -470,7 +471,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
-        # the positives, by sums over the classes of the batch: no N x K mask
+        # the mean of z_i.z_t over P_i is z_i . (sum over its class, less i's own two rows) / |P_i|: no N x K mask
         labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
         group = torch.searchsorted(labels, y)                                      # [N] where its class begins, a number for it
         # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
@@ -684,7 +685,7 @@ class Trainer:
     def batches(self, N, steps):
         """The rows of an epoch's batches [steps,n]. n is N where both branches take the same instance-balanced batch, or
         one branch alone is trained; 2N where N class-balanced rows for the classifier follow N instance-balanced ones.
-        Each of several processes gets its part of both."""
+        Each of several processes gets its part of both: n is over their number then."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
@@ -741,7 +742,8 @@ class Trainer:
         for m in batchnorms(self.net):
             m.track_running_stats = False
         students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
-        # padded convolutions centre cell i on pixel i * stride, not on the middle of its tile: hence the shift
+        # cut() takes cell i for the tile that begins with pixel i * stride, but padded convolutions centre the cell on that
+        # pixel, (stride - 1) / 2 before the tile's middle: hence the shift, so that both see the same pixels
         # (aligned=False, as [D]'s code has it, lies half a pixel beside it)
         stride = 4 if c.net in CIFAR_NETS else 32
         with torch.no_grad():
@@ -773,7 +775,9 @@ class Trainer:
     def losses(self, x, y, x_ce, y_ce):
         """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
         the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm
-        has the same mixture of them in training as, by its running statistics, in evaluation."""
+        has the same mixture of them in training as, by its running statistics, in evaluation: 3N rows, the queries, the
+        keys, the classifier's view. A momentum encoder sees the keys instead; the first of two stages lacks the
+        classifier's view, the second, and ce, have it alone."""
         c, N, weight = self.config, len(y), self.weight
         query, key, plain, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
@@ -800,8 +804,7 @@ class Trainer:
         self.queue_y = torch.cat([self.queue_y, y])[len(y):]                                    # [K]
 
     def follow(self, slow, decay):
-        """The parameters and buffers of a slow copy, MoCo's momentum encoder [D] or averaged weights, take a step
-        towards the trained network's."""
+        """Parameters and buffers of a slow copy, momentum encoder [D] or averaged weights, step towards the network's."""
         get_ema_multi_avg_fn(decay)(*([*net.parameters(), *net.buffers()] for net in (slow, self.net)), None)
 
     def step(self, x, y, N, optimizer):
@@ -855,7 +858,7 @@ class Trainer:
         for i, (x, rows) in enumerate(self.images(self.x, plan[done:]), done):
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
             optimizer.param_groups[0]["lr"] = lr
-            self.reseed(self.epoch, i + 1, self.rank)
+            self.reseed(self.epoch, i + 1, self.rank)   # + 1: numpy takes (epoch, 0, 0) for (epoch,)
             parts = self.step(x, self.y[rows], N // self.ranks, optimizer)
             self.history.append(torch.stack(list(parts.values())))
             if i + 1 < steps:
@@ -869,7 +872,7 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self):
-        """Accuracy of the classifier branch on the whole test set, see accuracy()."""
+        """Accuracy of the classifier branch on the whole test set (less files that can't be read), see accuracy()."""
         training = self.net.training                    # in the middle of an epoch
         net = self.averaged or self.net.eval()
         plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
@@ -907,8 +910,7 @@ class Trainer:
             for part, its in nets + list(zip(self.optimizers, state["optimizers"])):
                 if part:
                     part.load_state_dict(copy.deepcopy(its))            # optimisers would keep its tensors
-            if state["scaler"]:                         # one that was off has no state
-                self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())    # one that was off has no state
             self.queue.copy_(state["queue"])
             self.queue_y.copy_(state["queue_y"])
             self.epoch, self.evaluated = state["epoch"], state["evaluated"]
@@ -1019,7 +1021,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        for row in itertools.chain(range(i, len(self)), range(i)):
+        for row in (j % len(self) for j in range(i, i + len(self))):
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
                 return read_picture(self.paths[row], self.size), row
         return torch.zeros(3, 1, 1, dtype=torch.uint8), -1
