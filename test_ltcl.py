@@ -1590,6 +1590,32 @@ def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
     assert run.wait(20) == -signal.SIGINT
 
 
+class Unread(io.StringIO):
+    """An output whose reader is gone as soon as a signal was met, or at once."""
+
+    def __init__(self, at_once=False):
+        super().__init__()
+        self.at_once = at_once
+
+    def write(self, text):
+        if self.at_once or signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+@pytest.mark.parametrize("at", [0, 1])                  # within an epoch, in its last step
+def test_ctrl_c_ends_the_outputs_reader_too(at, tiny, tmp_path, monkeypatch, capsys):        # as in `| tee log`
+    interrupt(monkeypatch, {at})
+    monkeypatch.setattr(sys, "stdout", Unread())
+    assert train.main([*tiny, "--epochs", "2", "--out", str(tmp_path / "run")]) == 130
+    assert "stopped, all is saved" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough(monkeypatch, capsys):     # as head
+    monkeypatch.setattr(sys, "stdout", Unread(at_once=True))
+    assert train.main(["--tables", str(HERE / "data" / "results.csv")]) == 141 and capsys.readouterr().err == ""
+
+
 def test_ctrl_c_where_nothing_is_trained(monkeypatch, capsys):
     def interrupted(*_):                                # a signal might be ignored, as in a shell's background
         raise KeyboardInterrupt
@@ -2123,6 +2149,10 @@ def test_runs_side_by_side_get_folders_of_their_own(tmp_path, monkeypatch):
     config = train.Config.of(dataset="shapes")
     folders = [train.make_folder(config) for _ in range(3)]
     assert len({*folders}) == 3 and all(folder.is_dir() for folder in folders)
+    shutil.rmtree("runs")
+    Path("runs").symlink_to("nowhere")                  # a disk that isn't there
+    with pytest.raises(ltcl.InputError, match="cannot be made"):
+        train.make_folder(config)
 
 
 def test_tables():

@@ -61,7 +61,7 @@ TINY, BELOW_ONE = 1e-9, 1 - 1e-9  # "above zero" and "below one", as bounds
 
 @dataclass
 class Config:
-    """[H]'s CIFAR settings are the defaults; PRESETS holds what other data sets change."""
+    """[H]'s CIFAR settings are the defaults; PRESETS holds what other data sets, methods and recipes change."""
     dataset: str = setting("shapes", "shapes, cifar10, cifar100, folder, imagenet_lt, inat18 or the path of an .npz file")
     imb: float = setting(100.0, "images of the largest class over those of the smallest; 1: all, as it is", low=1)
     method: str = setting("dscl", "contrastive loss; ce: cross-entropy alone", ["ce", "sc", "psc", "dscl"])
@@ -138,10 +138,10 @@ class Config:
 
     @classmethod
     def of(cls, **given):
-        """The presets of data set and method, overridden by what is given."""
+        """The presets of data set, method and recipe, overridden by what is given."""
         dataset, method = given.get("dataset", cls.dataset), given.get("method", cls.method)
-        preset = PRESETS.get(method, {}) | PRESETS.get(dataset, PRESETS[".npz"]) | PRESETS.get((dataset, method), {})
-        preset |= PRESETS["record"] if given.get("recipe") == "record" else {}
+        preset = PRESETS.get(method, {}) | PRESETS.get(Path(str(dataset)).suffix or dataset, {})
+        preset |= PRESETS.get(f"{dataset} {method}", {}) | PRESETS.get(given.get("recipe"), {})
         config = cls(**preset | given)
         config.refuse_idle({name for name in given if given[name] != preset.get(name, getattr(cls, name))},
                            "two-stage" in (config.curriculum, preset.get("curriculum")))
@@ -171,15 +171,13 @@ MEMORY = dict(ema=0.999, queue=65536)
 
 PRESETS = {
     "shapes": dict(net="resnet8", epochs=18, batch_size=32, lr=0.2, warmup=2.0, patches=2),
-    "cifar10": {},                      # the defaults; a name that isn't here is an .npz file's
-    "cifar100": {},
-    ("cifar10", "psc"): dict(tau=1.0),  # [H, settings]
+    "cifar10 psc": dict(tau=1.0),       # [H, settings]
     ".npz": dict(imb=1.0),              # your own images are taken as they are
     "folder": dict(imb=1.0, net="resnet18", batch_size=256, lr=0.1, weight_decay=5e-4, schedule="cosine"),
     "imagenet_lt": IMAGENET | dict(train_list="ImageNet_LT_train.txt", test_list="ImageNet_LT_test.txt"),
-    ("imagenet_lt", "dscl"): MEMORY,
+    "imagenet_lt dscl": MEMORY,
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
-    ("inat18", "dscl"): MEMORY,
+    "inat18 dscl": MEMORY,
     "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, schedule="cosine",
                    lr=0.3, weight_decay=2.5e-4, tau=0.1),   # weight 0.5 halves both losses: as lr 0.15, 5e-4 and whole ones
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
@@ -210,8 +208,7 @@ def read_arguments(argv):
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
     parser.add_argument("--quiet", action="store_true", help="print the result alone")
     for f in fields(Config):
-        presets = [f"{name if isinstance(name, str) else ' '.join(name)}: {preset[f.name]}"
-                   for name, preset in PRESETS.items() if f.name in preset]
+        presets = [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset]
         choices = ", ".join(f.metadata["choices"])
         parser.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']}{choices and f' ({choices})'} "
@@ -220,8 +217,7 @@ def read_arguments(argv):
     given = {f.name: getattr(do, f.name) for f in fields(Config) if f.name in do}
     for action, useful in USEFUL.items():
         if getattr(do, action):
-            refuse(given.keys() - useful, f"--{action}")
-            refuse({name for name in ("results", "quiet") if getattr(do, name)}, f"--{action}")
+            refuse(given.keys() - useful | {name for name in ("results", "quiet") if getattr(do, name)}, f"--{action}")
             ltcl.require(RANKS == 1, f"--{action} takes one process: leave torchrun out")
     refuse({"seed"} & given.keys() if do.seeds else (), "--seeds")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
@@ -290,7 +286,7 @@ def opened(given, go_on):
     if len(given) < len(fields(Config)):                # all of a seed's run: what was typed of them was looked at before
         new.refuse_idle({name for name in given.keys() - NO_MATTER if given[name] != getattr(old, name)},
                         "two-stage" in (old.curriculum, new.curriculum))
-    presets = any(getattr(old, name) != getattr(new, name) for name in ("dataset", "method", "recipe"))
+    presets = (old.dataset, old.method, old.recipe) != (new.dataset, new.method, new.recipe)
     if not began and not presets:                       # saved at its start alone: other settings lose nothing
         return new, None
     refuse_another_run(old, new, given, began, out)
@@ -352,8 +348,7 @@ def make_folder(config):
             out.mkdir(parents=True, exist_ok=bool(config.out))
             return out
         except OSError as error:
-            taken = isinstance(error, FileExistsError) and not config.out
-            ltcl.require(taken, f"--out {out} cannot be made ({error.strerror}): name another folder")
+            ltcl.require(not config.out and out.exists(), f"--out {out} cannot be made ({error.strerror}): name another folder")
 
 
 def live(text):
@@ -467,10 +462,10 @@ class Run:
             t.check()
             self.elapsed = time.time() - self.began
             self.save()
+            if number:                                  # before a line is printed: its reader may be gone, as tee at Ctrl-C
+                raise Stopped(number, t.config.out)
             live("")
             print(f"epoch {t.epoch + 1:3}/{t.epochs}  step {step}/{steps}  saved", flush=True)    # a sign of life in a job's log
-        if number:
-            raise Stopped(number, t.config.out)
         if time.time() - self.shown > 1:                # to read the loss is to wait for the device: once a second
             self.shown, seconds = time.time(), time.time() - self.began
             speed = step / steps * len(t.y) / seconds
@@ -492,13 +487,13 @@ class Run:
         number = asked_to_stop(self.signals)
         if number or t.epoch % c.save_every == 0 or t.epoch == t.epochs:
             self.save()
+        if number:
+            raise Stopped(number, c.out)
         top1 = "not evaluated" if record["top1"] is None else f"top-1 {record['top1']:5.2f} %"
         live("")
         print(f"epoch {t.epoch:3}/{t.epochs}  loss {record['loss']:6.3f}  contrast weight {record['contrast_weight']:.2f}  "
               f"lr {record['lr']:.4f}  {top1}  {speed:,.0f} images/s  {record['seconds']:5.1f} s  "
               f"{self.left()}", flush=True)
-        if number:
-            raise Stopped(number, c.out)
 
     def train(self):
         """To the last epoch. Raises Stopped."""
@@ -763,7 +758,7 @@ def train_all(do, given):
         if row:
             say(f"seed {config.seed}: {do.results} has it already")
         else:
-            with contextlib.redirect_stdout(io.StringIO()) if do.quiet else contextlib.nullcontext():
+            with contextlib.redirect_stdout(io.StringIO() if do.quiet else sys.stdout):
                 run = Run(config, state)
                 run.train()
             seconds = sum(record["seconds"] for record in run.log)
@@ -796,12 +791,15 @@ def main(argv=None):
             train_all(do, given)
         return 0
     except Stopped as stopped:
+        live("")
         number, out = stopped.args
         program = "python" if RANKS == 1 else f"torchrun --nproc_per_node={RANKS}"
         command = f"{program} train.py --resume --out {shlex.quote(out)}"
         command += f" --results {shlex.quote(str(do.results))}" if do.results else ""
         say("stopped, all is saved; to go on: " + ("repeat the command" if do.seeds else command))
         return 128 + number
+    except BrokenPipeError:                             # the reader has enough, as head
+        return 141                                      # as a shell has it
     except KeyboardInterrupt:
         message, status = "stopped where no training was under way", 130
     except (ltcl.InputError, OSError, RuntimeError) as error:
