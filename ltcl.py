@@ -104,12 +104,11 @@ def take(x, rows):
 
 def hold_out(data, share):
     """The data with a share of each training class, rounded up, as its test set: to choose settings by, so that the
-    real test set stays unseen. Raises InputError where a class has too few images."""
+    real test set stays unseen. One image of each class stays in training: a class of one has no test image."""
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
     counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 * 100 is above 7 in floats
-    require((counts < sizes).all(), f"--holdout {share:g} leaves class {(counts >= sizes).argmax()} no training image: "
-            "take a smaller share; each class needs two or more")
-    test = draw_of_each_class(y.numpy(), counts)
+    test = draw_of_each_class(y.numpy(), np.minimum(counts, sizes - 1))
+    require(len(test) > 0, "--holdout: no class has two images, one to train on and one to test")
     kept = np.setdiff1d(np.arange(len(y)), test)
     return Dataset(take(data.x_train, kept), y[kept], take(data.x_train, test), y[test], data.class_names)
 
@@ -935,14 +934,14 @@ def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
     folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
     files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
     They are read in training, small ones of one size (64 pixels at most) here. With a holdout, of which hold_out()
-    will make the test set, root/val may be missing: the training images take its place.
+    will make the test set, the test images may be missing: those to train on take their place.
     """
     if name == "shapes":
         return draw_shapes()
     if name in FILE_SETS:
         return load_files(Path(root), train_list, test_list, holdout)
     if name.endswith(".npz"):
-        return read_npz(Path(name))
+        return read_npz(Path(name), holdout)
     require(name in ("cifar10", "cifar100"), f"unknown data set {name!r}: choose shapes, "
             f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file")
     path = Path(root) / f"{name}.npz"
@@ -967,7 +966,7 @@ def check_labels(where, y_train, y_test, names=None):
     return names
 
 
-def read_npz(path):
+def read_npz(path, holdout=0):
     """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
     require(path.exists(), f"{path} does not exist: give the path of an .npz file")
     try:
@@ -976,10 +975,11 @@ def read_npz(path):
     except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
         raise InputError(f"{path} cannot be read as plain arrays ({error}): write it anew with numpy.savez, "
                          "class_names as strings") from None
-    missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
+    parts = "train", "train" if holdout and not {"x_test", "y_test"} & set(arrays) else "test"
+    missing = {f"{kind}_{part}" for kind in "xy" for part in parts} - set(arrays)
     require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test")
     data = []
-    for part in ("train", "test"):
+    for part in parts:
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         require(x.dtype == np.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] == 3) and x.shape[1] * x.shape[2],
                 f"{path}: x_{part} is {x.dtype} {list(x.shape)}: images are uint8 [N,H,W,3] or [N,H,W]")
@@ -1061,16 +1061,19 @@ def read_list(path, root):
     require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
     rows = []
     for n, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
-        name, _, label = line.strip().rpartition(" ")
-        require(name and label.isdecimal() and len(label) < 10, f"{path}, line {n}: {line!r} is not a path and a class number")
-        rows.append((str(root / name), int(label)))
+        words = line.strip().rsplit(maxsplit=1)         # a path may hold spaces
+        if words:
+            require(len(words) == 2 and words[1].isdecimal() and len(words[1]) < 10,
+                    f"{path}, line {n}: {line!r} is not a path and a class number")
+            rows.append((str(root / words[0]), int(words[1])))
     return rows
 
 
 def load_files(root, train_list, test_list, holdout):
     """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
     if train_list or test_list:
-        rows, names = [read_list(Path(name), root) for name in (train_list, test_list)], None
+        lists = train_list, test_list or (train_list if holdout else "")
+        rows, names = [read_list(Path(name), root) for name in lists], None
     else:
         there = [root / name for name in ("val", "test") if (root / name).is_dir()]
         held_out = (there or [root / ("train" if holdout else "val")])[0]
@@ -1081,9 +1084,9 @@ def load_files(root, train_list, test_list, holdout):
             train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
         except FileNotFoundError as error:              # an empty class folder
             raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
-        different = set(train.classes) ^ set(test.classes)
-        require(not different, f"{root}: class {min(different, default='')!r} is in one of train and {held_out.name} alone: "
-                "both need the same class folders")
+        alone = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
+        require(alone == [[], []], f"{root}: train and {held_out.name} need the same class folders, but train alone has "
+                f"{alone[0][:3]}, {held_out.name} alone {alone[1][:3]}")
         rows, names = [train.samples, test.samples], train.classes
     files = [ImageFiles([path for path, _ in part]) for part in rows]
     labels = [torch.tensor([label for _, label in part], dtype=torch.int64) for part in rows]

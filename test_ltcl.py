@@ -517,10 +517,20 @@ def test_hold_out():
     trainer = ltcl.Trainer(train.Config.of(dataset="t.npz", imb=4, holdout=0.1, net="resnet8", batch_size=8, device="cpu"), data)
     assert trainer.counts.tolist() == [36, 18, 9] and len(trainer.y_test) == 12
     assert len(ltcl.hold_out(tiny_data(n=(100, 100)), 0.07).y_test) == 14       # 0.07 * 100 is above 7 in floats
-    with pytest.raises(ltcl.InputError, match="--holdout 0.1 leaves class 2"):
-        ltcl.hold_out(tiny_data(n=(12, 6, 1)), 0.1)
-    with pytest.raises(ltcl.InputError, match="take a smaller share"):
-        ltcl.hold_out(tiny_data(n=(5, 5, 5)), 0.9)
+    held = ltcl.hold_out(tiny_data(n=(12, 6, 1)), 0.1)  # one image: to train on
+    assert torch.bincount(held.y_train).tolist() == [10, 5, 1] and torch.bincount(held.y_test).tolist() == [2, 1]
+    assert torch.bincount(ltcl.hold_out(tiny_data(n=(5, 5, 5)), 0.9).y_train).tolist() == [1, 1, 1]
+    with pytest.raises(ltcl.InputError, match="no class has two images"):
+        ltcl.hold_out(tiny_data(n=(1, 1, 1)), 0.5)
+
+
+def test_an_npz_without_test_images(tmp_path, capsys):
+    path = write_npz(tmp_path / "a.npz", **arrays(n=(12, 6, 1)) | dict(x_test=None, y_test=None))
+    argv = [*TINY, "--dataset", path, "--method", "ce", "--out", str(tmp_path / "run")]
+    refused(capsys, tmp_path, argv, "lacks x_test, y_test")
+    assert train.main([*argv, "--holdout", "0.1"]) == 0 and "16 training images in 3 classes of 10 to 1, 3 test" in capsys.readouterr().out
+    assert train.main(["--eval", str(tmp_path / "run"), "--per-class"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "n/a", "2"]    # one image: to train on
 
 
 def test_averaged_weights_are_evaluated_saved_and_loaded(tiny, tmp_path):
@@ -1364,6 +1374,9 @@ def test_a_folder_without_test_images(size, tmp_path, capsys):
     assert train.main([*argv, "--holdout", "0.3"]) == 0
     assert "21 training images in 2 classes of 14 to 7, 9 test images" in capsys.readouterr().out
     assert train.main(["--eval", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert train.main([*argv, "--holdout", "0.3", "--size", "72", "--method", "ce", "--out", str(tmp_path / "large")]) == 0
+    assert ("resnet8 is meant for views of 32 pixels" in capsys.readouterr().err) == (size == (80, 70))     # others are in memory
 
 
 def test_list_files(tmp_path, capsys, monkeypatch):
@@ -1397,6 +1410,10 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     old = log_of(tmp_path / "run")[-1]["top1"]
     assert titles[0] == titles[1] and f"{old:.2f}" not in titles[0]
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
+    (tmp_path / "train.txt").write_text(whole.replace(" ", "\t") + "\n\n")
+    refused(capsys, tmp_path, [*argv[:-2], "--out", tmp_path / "run4"], "--test-list", "--holdout")
+    assert train.main([*argv[:-2], "--method", "ce", "--holdout", "0.1", "--out", str(tmp_path / "run4")]) == 0
+    assert "135 training images in 2 classes of 90 to 45, 15 test images" in capsys.readouterr().out
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
 
 
@@ -1405,7 +1422,7 @@ def test_bad_folders(tmp_path, capsys):
     refused(capsys, tmp_path, argv, "train does not exist")
     write_tree(tmp_path, n=(3, 3), size=(32, 32))
     (tmp_path / "val" / "class1").rename(tmp_path / "val" / "zebra")
-    refused(capsys, tmp_path, argv, "class1", "val alone")
+    refused(capsys, tmp_path, argv, "train alone has ['class1'], val alone ['zebra']")
     for p in (tmp_path / "train" / "class0").iterdir():
         p.unlink()
     refused(capsys, tmp_path, argv, "class0")
@@ -1580,14 +1597,15 @@ def test_kill(tiny, tmp_path):
 def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
     script = (f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import ltcl, train\n"
               "ltcl.Trainer.step = lambda *_: (print('stepping', flush=True), time.sleep(60))\nsys.exit(train.main(sys.argv[1:]))")
-    run = start([sys.executable, "-c", script, *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    run = start([sys.executable, "-c", script, *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True)
     while "stepping" not in (line := run.stdout.readline()):
         assert line, "it ended before its first step"
     run.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert run.poll() is None
     run.send_signal(signal.SIGINT)
-    assert run.wait(20) == -signal.SIGINT
+    assert run.wait(20) == -signal.SIGINT and "once more ends at once" in run.stderr.read()
 
 
 class Unread(io.StringIO):
@@ -2278,6 +2296,7 @@ def refused(capsys, folder, argv, *words):
     (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
     (["--resume"], ["holds no run"]),
     (["--resume", "--device", "cpu"], ["holds no run"]),        # a mistyped folder: no new run of the defaults
+    (["--resume", "--out", "mistyped", "--epochs", "20"], ["'mistyped' holds no run"]),
     (["--data", "elsewhere"], ["--data", "--dataset shapes"]),
     (["--timeout", "5"], ["--timeout", "one process"]),
     (["--eval", ""], ["--eval"]),

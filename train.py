@@ -134,7 +134,8 @@ class Config:
                          + ("below 1" if m["high"] == BELOW_ONE else f"{m['high']} or less"))
         ltcl.require(self.dataset in ltcl.FILE_SETS or not (self.train_list or self.test_list), "--train-list and --test-list "
                      f"are for {', '.join(ltcl.FILE_SETS)}: leave them out for --dataset {self.dataset}")
-        ltcl.require(bool(self.train_list) == bool(self.test_list), "--train-list and --test-list go together: give both")
+        ltcl.require(bool(self.train_list) == bool(self.test_list) or self.train_list and self.holdout,
+                     "--train-list and --test-list go together: give both, or --holdout in place of the second")
 
     @classmethod
     def of(cls, **given):
@@ -277,8 +278,8 @@ def opened(given, go_on):
                  f"--resume --out {out}")
     if held != "last.pt":
         ltcl.require(not held, f"--out {out} holds {held} of a run without its last.pt: name another folder")
-        ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING,
-                     f"--resume: --out {out!r} holds no run: name the folder of one, or of a new one with its settings")
+        ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING - {"epochs", "stage2_epochs"},
+                     f"--resume: --out {out!r} holds no run: name the folder of one, or give a new one --dataset too")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
@@ -313,6 +314,8 @@ def stop_signals():
         if not dist.is_initialized():                   # from torchrun it comes twice: passed on, and from the terminal
             for n in STOP:
                 signal.signal(n, signal.SIG_DFL)
+            with contextlib.suppress(OSError):          # not print(): that may be what was interrupted
+                os.write(2, b"\nstopping after this step; once more ends at once, without saving\n")
 
     before = {n: signal.signal(n, ask) for n in STOP}
     try:
@@ -434,6 +437,9 @@ class Run:
         if config.imb > 1 and (t.counts.diff() > 0).any():
             say("warning: --imb thins the classes from the first, as the head, to the last, but some have too few images for "
                 "their place: --imb 1 takes all images as they are")
+        if config.net in ltcl.CIFAR_NETS and max(t.size) > 64:
+            say(f"warning: --net {config.net} is meant for views of 32 pixels, these have {t.size[0]} x {t.size[1]}: "
+                "take --net resnet18, or for image files --size 32")
         if config.queue > len(t.y):
             say(f"warning: --queue {config.queue} is more than the {len(t.y)} training images: it holds some twice")
         if t.net.amp and t.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -548,7 +554,8 @@ def evaluate(run, given, per_class):
     if per_class:
         print(f"\n  {'training images':>15}  accuracy %  class")
         for i in trainer.counts.argsort(descending=True, stable=True).tolist():
-            print(f"  {trainer.counts[i]:15}  {accuracy['by_class'][i]:10.2f}  {trainer.class_names[i]}")
+            a = accuracy["by_class"][i]
+            print(f"  {trainer.counts[i]:15}  {'n/a' if math.isnan(a) else f'{a:.2f}':>10}  {trainer.class_names[i]}")
 
 
 @torch.inference_mode()
