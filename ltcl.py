@@ -108,7 +108,7 @@ def hold_out(data, share):
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
     counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 * 100 is above 7 in floats
     test = draw_of_each_class(y.numpy(), np.minimum(counts, sizes - 1))
-    require(len(test) > 0, "--holdout: no class has two images, one to train on and one to test")
+    require(len(test) > 0, "--holdout: no class has two images, one to train on and one to test: add some")
     kept = np.setdiff1d(np.arange(len(y)), test)
     return Dataset(take(data.x_train, kept), y[kept], take(data.x_train, test), y[test], data.class_names)
 
@@ -456,7 +456,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
         w_t = alpha (|P_i|+1)  for the augmentation i+,   (1-alpha) (|P_i|+1)/|P_i|  for a row of P_i
 
-    log exp(w s) = w s, and the weights add up to |P_i|+1, so with s_im = z_m.z_i/tau this is what is computed:
+    The sum has |P_i|+1 terms, and log exp(w s) = w s, so with s_im = z_m.z_i/tau this is what is computed:
 
         L_i = logsumexp of s_im over {i+} u M_i  -  alpha s_{i,i+}  -  (1-alpha) mean of s_it over P_i
 
