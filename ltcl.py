@@ -667,8 +667,8 @@ class Trainer:
             hybrid = nn.Module()
             hybrid.net, hybrid.forward = self.net, self.losses
             self.parallel = nn.parallel.DistributedDataParallel(    # either of two stages leaves weights without a gradient
-                hybrid, find_unused_parameters=c.curriculum == "two-stage",
-                broadcast_buffers=False)                # agree() does, once an epoch
+                hybrid, find_unused_parameters=c.curriculum == "two-stage")
+            self.parallel.broadcast_buffers = False     # agree() does, once an epoch
 
     @property
     def weight(self):

@@ -1841,7 +1841,8 @@ def test_a_batch_that_two_processes_cannot_share(monkeypatch):
     with pytest.raises(ltcl.InputError, match="--batch-size 8"):
         tiny_trainer()
     unused = []
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda *_, find_unused_parameters, **__: unused.append(find_unused_parameters))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
+                        lambda *_, find_unused_parameters: unused.append(find_unused_parameters) or torch.nn.Module())
     assert tiny_trainer(batch_size=9).ranks == 3        # the unused second stage's 128 is no obstacle
     tiny_trainer(batch_size=9, curriculum="two-stage", stage2_batch=9)
     assert unused == [False, True]                      # a stage leaves weights without a gradient
@@ -1866,7 +1867,7 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
               "sys.exit(train.main(sys.argv[1:]))")
     (out, err), (out1, err1) = [run.communicate(timeout=300) for run in two_processes([*argv, "--out", tmp_path / "run"], script)]
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert "epoch   3/3" in out and out1 == "", (err, err1)
+    assert "epoch   3/3" in out and out1 == "" and "broadcast_buffers" not in err + err1, (err, err1)    # torch 2.14's warning
     assert all(states_equal(a[key], b[key]) for key in ("net", "queue", "queue_y", "optimizers", "evaluated"))
     assert (a["queue_y"] >= 0).all() and a["ranks"] == 2 and a["epoch"] == 3
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "last.pt", "log.jsonl", "views.png"]
