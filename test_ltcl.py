@@ -797,6 +797,7 @@ def test_a_seeds_run_of_another_method_is_named_by_it(tiny, tmp_path, capsys):
     assert train.main(argv) == 0
     refused(capsys, tmp_path, [*argv, "--method", "ce"], "--method is 'ce'", "has 'dscl'")      # not by what follows from it
     refused(capsys, tmp_path, [*argv, "--method", "ce", "--alpha", "0.3"], "--alpha has no meaning with --method ce")
+    refused(capsys, tmp_path, [*argv, "--adjust", "1.5"], "--adjust has no meaning with --classifier auto")
 
 
 @pytest.mark.parametrize("K", [1, 5, 8, 13, 40])
@@ -922,12 +923,13 @@ def test_the_second_stage_of_cross_entropy_is_class_balanced():
         assert (classes == 0).double().mean().item() == pytest.approx(share, rel=0.1)
 
 
-def test_logit_adjustment_is_balanced_softmax():
-    trainer = tiny_trainer(method="ce", classifier="logit-adjusted", aug="crop")
+@pytest.mark.parametrize("adjust", [1.0, 1.5])
+def test_logit_adjustment_is_balanced_softmax(adjust):
+    trainer = tiny_trainer(method="ce", classifier="logit-adjusted", adjust=adjust, aug="crop")
     logits, y = torch.randn(1, 3, 3), torch.tensor([0, 2, 1])
     trainer.net.logits = lambda maps: logits
     parts, _ = trainer.losses(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), y, torch.zeros(3, 3, 8, 8, dtype=torch.uint8), y)
-    weighted = logits[0].exp() * torch.tensor([12.0, 6, 3])                 # n_c exp(logit_c)
+    weighted = logits[0].exp() * torch.tensor([12.0, 6, 3]) ** adjust       # n_c exp(logit_c), for adjust 1
     torch.testing.assert_close(parts["loss"], -(weighted[range(3), y] / weighted.sum(1)).log().mean())
 
 

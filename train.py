@@ -95,6 +95,7 @@ class Config:
                               "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, "
                               "for ce in a second stage alone",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
+    adjust: float = setting(1.0, "logit-adjusted: times the log of the class sizes; above 1 leans to the tail", low=0)
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
     holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or "
@@ -157,6 +158,7 @@ class Config:
                 (self.method == "ce" and not two_stage, {"curriculum"}, method),
                 (self.method != "dscl", {"alpha", "ema", "queue"}, method),
                 (not self.pbsd, patches, "--pbsd 0"),
+                (self.classifier != "logit-adjusted", {"adjust"}, f"--classifier {self.classifier}"),
                 (self.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"},
                  f"--curriculum {self.curriculum}"),
                 (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, f"--dataset {self.dataset}"),
