@@ -797,7 +797,6 @@ def test_a_seeds_run_of_another_method_is_named_by_it(tiny, tmp_path, capsys):
     assert train.main(argv) == 0
     refused(capsys, tmp_path, [*argv, "--method", "ce"], "--method is 'ce'", "has 'dscl'")      # not by what follows from it
     refused(capsys, tmp_path, [*argv, "--method", "ce", "--alpha", "0.3"], "--alpha has no meaning with --method ce")
-    refused(capsys, tmp_path, [*argv, "--adjust", "1.5"], "--adjust has no meaning with --classifier auto")
 
 
 @pytest.mark.parametrize("K", [1, 5, 8, 13, 40])
@@ -2295,6 +2294,7 @@ def refused(capsys, folder, argv, *words):
     (["--method", "ce", "--pbsd", "1.5"], ["--pbsd", "--method ce"]),
     (["--patch-size", "100000"], ["--patch-size", "1024"]),
     (["--pbsd", "0", "--patches", "7"], ["--patches", "--pbsd 0"]),
+    (["--adjust", "1.5"], ["--adjust", "--classifier auto"]),
     (["--stage2-lr", "3"], ["--stage2-lr", "--curriculum parabolic"]),
     (["--dataset", "folder", "--train-list", "a.txt"], ["--test-list", "both"]),
     (["--resume"], ["holds no run"]),
