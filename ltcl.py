@@ -791,7 +791,7 @@ class Trainer:
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
             if c.classifier == "logit-adjusted":
-                # [Menon et al. 2021, logit adjustment]: the prior log n_c, which the network needn't learn then; adjust: their tau
+                # [Menon et al. 2021, logit adjustment]: the prior log n_c, which the network needn't learn then, times their tau
                 logits = logits + c.adjust * self.class_size.log()      # [E,N,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
