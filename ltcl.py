@@ -114,8 +114,9 @@ def hold_out(data, share):
 
 
 def class_balanced_rows(y, counts, n, rng):
-    """[H]'s sampling for the classifier: rows with replacement, each class equally likely. y [N], counts [C] -> [n]."""
-    return torch.multinomial(1 / counts[y], n, replacement=True, generator=rng)  # [n]
+    """[H]'s sampling for the classifier: rows with replacement, each class equally likely. y [N], counts [C] -> [n].
+    In float64: multinomial adds the weights up, and with thousands of classes a float32 sum is too coarse."""
+    return torch.multinomial(1 / counts[y].double(), n, replacement=True, generator=rng)  # [n]
 
 
 # ---------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def crop_view(x, rng, size=None):
 
 
 def resized_view(x, rng, size):
-    """The classifier's view of large images: resized crop, flip. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
+    """Resized crop, flip; others begin with it. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
     return cut(random_flip(x, rng), boxes, size, samples=1).div_(255)
 
@@ -325,7 +326,7 @@ class CosineLinear(nn.Linear):
 
 
 class Expert(nn.Module):
-    """The backbone's last stage with both heads [H]. Several of them are [D]'s ensemble."""
+    """The backbone's last stage with both heads [H]. Several of them: an ensemble, as [D] has one."""
 
     def __init__(self, last, width, num_classes, dim, hidden, cosine):
         super().__init__()
@@ -397,7 +398,7 @@ class Hybrid(nn.Module):
 # Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
 # compute in float32 also inside autocast: at tau 0.07 bfloat16 similarities put the gradient off by
 # several percent, by more the tighter a class. Rows that are no candidates get the lowest finite number for
-# a similarity: with -inf an anchor without candidates would have a NaN gradient. Means over positives come
+# a similarity: with -inf a block of empty slots alone would have a NaN gradient. Means over positives come
 # from the sums of whole classes, and the logsumexp of many rows goes in blocks: both save memory and time.
 # ---------------------------------------------------------------------------------------
 
@@ -414,7 +415,7 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         labels = y.sort().values                                                   # [B]
-        group = torch.searchsorted(labels, y)                                      # [B] where its class begins, a number for it
+        group = torch.searchsorted(labels, y)                                      # [B] its class's number: first row in labels
         P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
@@ -472,22 +473,22 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the mean of z_i.z_t over P_i is z_i . (sum over its class, less i's own two rows) / |P_i|: no N x K mask
         labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
-        group = torch.searchsorted(labels, y)                                      # [N] where its class begins, a number for it
+        group = torch.searchsorted(labels, y)                                      # [N] its class's number: first row in labels
         # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
         theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K]
         known = (labels[theirs] == queue_y).to(q.dtype)                            # [K]
         total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
-        others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, of two views
+        others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, two rows each
         P = 2 * others + zero[:, 0].index_add(0, theirs, known)[group]             # [N] |P_i|
         s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
-        share = torch.where(P > 0, alpha, torch.ones_like(s_class))                # [N] alpha; 1 without a positive
+        target = torch.where(P > 0, alpha * s_augmentation + (1 - alpha) * s_class, s_augmentation)     # [N]
         # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
         empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
         blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
         blocks += [F.linear(q / tau, queue[i:i + 8192], empty[i:i + 8192]) for i in range(0, len(queue), 8192)]
         candidates = torch.stack([s.logsumexp(1) for s in blocks], 1).logsumexp(1) # [N]
-        return (candidates - share * s_augmentation - (1 - share) * s_class).mean()
+        return (candidates - target).mean()
 
 
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
@@ -589,7 +590,7 @@ class Trainer:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         two_stage = c.curriculum == "two-stage"
         for flag, n in (("--batch-size", c.batch_size), ("--stage2-batch", two_stage * c.stage2_batch)):
-            require(n % self.ranks == 0, f"{flag} {n} can't be shared by {self.ranks} processes: take a multiple of it")
+            require(n % self.ranks == 0, f"{flag} {n} can't be shared by {self.ranks} processes: take a multiple of {self.ranks}")
         require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
         self.epoch = 0                                  # epochs done
         self.epochs = c.epochs + two_stage * c.stage2_epochs    # of both stages
@@ -684,7 +685,7 @@ class Trainer:
     def batches(self, N, steps):
         """The rows of an epoch's batches [steps,n]. n is N where both branches take the same instance-balanced batch, or
         one branch alone is trained; 2N where N class-balanced rows for the classifier follow N instance-balanced ones.
-        Each of several processes gets its part of both: n is over their number then."""
+        Each of several processes gets its part of both: n is divided by their number then."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
@@ -705,7 +706,7 @@ class Trainer:
         loader = torch.utils.data.DataLoader(x, batch_sampler=[rows.tolist() for rows in plan],
                                              num_workers=self.config.workers, pin_memory=self.device.type == "cuda",
                                              worker_init_fn=leave_signals_to_the_trainer)
-        with signals_blocked():                         # a worker that one meets in its start dies
+        with signals_blocked():                         # one would kill a worker that is still starting
             batches = iter(loader)
         for (pixels, rows), asked in zip(batches, plan):
             x.report(asked, rows)
@@ -733,7 +734,7 @@ class Trainer:
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,R,D]."""
         c, (N, _, H, W) = self.config, view.shape
-        # 64 of 224 pixels [D, settings]; small images need more to show anything
+        # with [D]'s views 64 of 224 pixels [D, settings]; else half the side, as small images need more to show anything
         side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = AUGMENTATIONS[self.aug][3](cut(view, boxes, side), self.rng)                  # [N*L,3,side,side]
@@ -791,7 +792,7 @@ class Trainer:
         if self.classifies:
             logits = self.net.logits([m[-N:] for m in maps])            # [E,N,C]
             if c.classifier == "logit-adjusted":
-                # [Menon et al. 2021, logit adjustment]: the prior log n_c, which the network needn't learn then, times their tau
+                # [Menon et al. 2021, logit adjustment]: log n_c, the prior, times their tau: the network needn't learn it
                 logits = logits + c.adjust * self.class_size.log()      # [E,N,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
@@ -846,7 +847,7 @@ class Trainer:
         """Once over the training set. Returns the epoch's means; nothing is read from the device
         before its end. tick is called between two steps: it may save the state, or raise to stop;
         then the next call goes on there."""
-        require(self.epoch < self.epochs, f"all {self.epochs} epochs are done: more are another --epochs")
+        require(self.epoch < self.epochs, f"all {self.epochs} epochs are done: for more, start a run with more --epochs")
         c, weight, second = self.config, self.weight, self.epoch >= self.config.epochs
         N = min(c.stage2_batch, len(self.y) // self.ranks * self.ranks) if second else c.batch_size
         steps = len(self.y) // N                        # the incomplete last batch is left out
@@ -996,7 +997,10 @@ def read_npz(path, holdout=0):
 def read_picture(file, size=None):
     """A picture of any kind, a path or a PIL image, as uint8 [3,h,w]: turned upright, what is transparent in
     white; the middle of it resized to size [h,w] where that is given. Raises what PIL raises."""
-    picture = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
+    picture = file.copy() if isinstance(file, Image.Image) else Image.open(file)
+    picture.load()
+    with contextlib.suppress(Exception):                # a damaged EXIF tag is no damaged picture
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":                         # perhaps 16 bits of grey, or floats in 0..1: PIL would cut them off
         picture = picture.convert("F" if picture.mode == "F" else "I")
         high = picture.getextrema()[1]

@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -368,6 +369,13 @@ def test_class_balanced_rows():
     rows = ltcl.class_balanced_rows(y, torch.bincount(y), 30000, torch.Generator().manual_seed(0))
     assert ((torch.bincount(y[rows]) - 10000).abs() < 300).all()        # 300 is 3.7 standard deviations
     assert ((torch.bincount(rows[y[rows] == 2])[990:] - 1000).abs() < 130).all()
+    counts = torch.full((8142,), 20)                    # as many classes as iNaturalist's, some of them large and the last
+    counts[-50:] = 850
+    y = torch.arange(8142).repeat_interleave(counts)
+    rows = ltcl.class_balanced_rows(y, counts, 8142 * 100, torch.Generator().manual_seed(0))
+    per_class = torch.bincount(y[rows], minlength=8142) / 100
+    for part in (per_class[:-50], per_class[-50:-25], per_class[-25:]):
+        assert abs(part.mean() - 1) < 0.08              # 4 standard deviations of 25 classes
 
 
 def test_shapes_are_the_same_pixels_everywhere():
@@ -1449,6 +1457,9 @@ def test_presets_are_the_papers_settings():
     assert (record.aug, record.classifier, record.curriculum, record.batch_size, record.schedule, record.lr, record.weight_decay) == (
         "strong", "logit-adjusted", "constant", 256, "cosine", 0.3, 2.5e-4)
     assert record.tau == 0.1 and train.settings_text(record) == "--recipe record"
+    on_val = train.Config.of(dataset="imagenet_lt", test_list="ImageNet_LT_val.txt")        # its row is another's
+    assert train.settings_text(on_val) == "--test-list ImageNet_LT_val.txt"
+    assert train.settings_text(train.Config.of(dataset="imagenet_lt", data="elsewhere")) == ""
 
 
 # --- nothing lost: stopping, killing and going on ------------------------------------------------
@@ -1966,8 +1977,17 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                    # taken with the camera on its side
     Image.fromarray(pixels).save(tmp_path / "side.png", exif=exif)
-    x = ltcl.read_picture(tmp_path / "side.png")
-    assert x.shape == (3, 6, 4) and (x[:, :3] == 255).all() and (x[:, 3:] == 0).all()
+    for damaged in (False, True):                       # a tag that PIL reads, but can't write again
+        with pytest.MonkeyPatch.context() as patch:
+            if damaged:
+                patch.setattr(Image.Exif, "tobytes", lambda self, offset=8: struct.pack("<H", None))
+            x = ltcl.read_picture(tmp_path / "side.png")
+            assert x.shape == (3, 6, 4) and (x[:, :3] == 255).all() and (x[:, 3:] == 0).all()
+            with Image.open(tmp_path / "side.png") as picture:
+                assert (ltcl.read_picture(picture) == x).all() and picture.size == (6, 4)   # the user's own stays as it is
+    (tmp_path / "cut.png").write_bytes((tmp_path / "side.png").read_bytes()[:-30])
+    with pytest.raises(OSError):
+        ltcl.read_picture(tmp_path / "cut.png")
     alpha = np.dstack([pixels * 0, np.where(pixels[..., :1] == 255, 0, 255)]).astype(np.uint8)
     Image.fromarray(alpha, "RGBA").save(tmp_path / "alpha.png")
     x = ltcl.read_picture(tmp_path / "alpha.png")
@@ -2121,6 +2141,8 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
         refused(capsys, tmp_path, ["--tables", results], "results.csv")
     results.write_text("\n".join(",".join(row) for row in (train.COLUMNS, ["1"] * 10 + ["", "", ""])))
     refused(capsys, tmp_path, ["--tables", results], "results.csv")     # no seconds
+    results.write_text("\n".join(",".join(row) for row in (train.COLUMNS, ["1"] * 6 + ["nan"] + ["1"] * 6)))
+    refused(capsys, tmp_path, ["--tables", results], "results.csv", "not finite")
     refused(capsys, tmp_path, ["--tables", tmp_path / "none.csv"], "does not exist")
     refused(capsys, tmp_path, ["--tables", results, "--lr", "3"], "--lr", "no meaning with --tables")
     refused(capsys, tmp_path, ["--report", tmp_path, "--results", results], "--results", "no meaning with --report")
@@ -2189,7 +2211,7 @@ def test_the_readmes_tables_are_those_of_the_rows():
     readme = (HERE / "README.md").read_text()
     for name in ("results.csv", "tuning.csv"):
         assert train.tables(train.read_results(HERE / "data" / name)).strip() in readme
-    methods = " ".join(f'"{method} {settings}'.rstrip() + '"' for method, settings in train.PAPER)
+    methods = " ".join(f'"{method} {settings}'.rstrip() + '"' for method, settings in train.GRID)
     assert f"for method in {methods}; do" in readme     # the command that runs the grid runs all of the table's rows
 
 
@@ -2262,6 +2284,8 @@ def refused(capsys, folder, argv, *words):
     (["--batch-size", "100000"], ["--batch-size", "100000", "smaller"]),
     (["--lr", "0"], ["--lr", "above 0"]),
     (["--lr", "inf"], ["--lr", "finite"]),
+    (["--lr", "1e39"], ["--lr", "1000000 or less"]),    # no float32 any more
+    (["--weight-decay", "1e39"], ["--weight-decay", "1000000 or less"]),
     (["--tau", "-1"], ["--tau", "above 0"]),
     (["--alpha", "1.5"], ["--alpha", "1 or less"]),
     (["--momentum", "-0.1"], ["--momentum"]),
@@ -2310,11 +2334,17 @@ def test_bad_flags(flags, words, tmp_path, capsys):
 
 
 def test_too_little_memory(tiny, tmp_path, capsys):
+    def fails(*_):
+        raise MemoryError                               # Python's own has no words
+
     assert train.main([*tiny, "--queue", "100000000000000", "--out", str(tmp_path / "run")]) == 2
     *_, last = capsys.readouterr().err.splitlines()     # after the warning that so many keys are too many
     assert "too little memory" in last and "--queue" in last and not (tmp_path / "run").exists()
     assert train.main([*tiny, "--queue", str(10 ** 15), "--dim", "65536", "--out", str(tmp_path / "run")]) == 2
     assert "too little memory" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ltcl, "load_dataset", fails)
+        refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "run"], "too little memory")
 
 
 def test_what_failed_in_its_first_step_begins_anew_with_other_settings(tiny, tmp_path, monkeypatch, capsys):

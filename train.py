@@ -75,9 +75,9 @@ class Config:
     dim: int = setting(128, "dimensions of the embeddings", low=2, high=65536)
     epochs: int = setting(200, "passes over the training set", low=1, high=10 ** 6)
     batch_size: int = setting(512, "images a step, in each branch", low=1)
-    lr: float = setting(0.5, "peak learning rate of SGD", low=TINY)
+    lr: float = setting(0.5, "peak learning rate of SGD", low=TINY, high=10 ** 6)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=BELOW_ONE)
-    weight_decay: float = setting(1e-4, "L2 penalty, but not in a second stage", low=0)
+    weight_decay: float = setting(1e-4, "L2 penalty, but not in a second stage", low=0, high=10 ** 6)
     warmup: float = setting(5.0, "epochs of linear warm-up, at most a fifth of all", low=0)
     schedule: str = setting("step", "learning rate: x0.1 after 60 %% and 80 %%, or a cosine", ["step", "cosine"])
     tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
@@ -104,7 +104,8 @@ class Config:
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1, high=10 ** 6)
     stage2_batch: int = setting(128, "two-stage: its batch", low=1)
-    stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY)
+    stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY,
+                               high=10 ** 6)
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: "
                        "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, "
                        "else crop",
@@ -628,8 +629,8 @@ def settings_text(config):
     """The flags by which a run's settings differ from the presets, as they are typed."""
     preset = replace(Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe), recipe="paper")
     others = {*KEY, "device", "compile", "amp"} | NO_MATTER
-    if config.dataset == "folder":                      # another folder is another data set
-        others -= {"data", "train_list", "test_list"}
+    if config.dataset in ltcl.FILE_SETS:                # other files are another data set
+        others -= {"train_list", "test_list"} | ({"data"} if config.dataset == "folder" else set())
     return " ".join(f"{flag(name)} {shlex.quote(f'{value:.12g}' if isinstance(value, float) else str(value))}"
                     for name, value in asdict(config).items() if name not in others and value != getattr(preset, name))
 
@@ -667,7 +668,8 @@ def read_results(path):
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             head, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
         for row in rows:                                # a score may be missing, seconds not
-            [float(number) for number in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]
+            numbers = [float(number) for number in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]
+            ltcl.require(all(map(math.isfinite, numbers)), "a score in it is not finite")
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
@@ -697,7 +699,7 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}" if values else "n/a"
 
 
-PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier logit-adjusted"), ("sc", ""),
+GRID = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier logit-adjusted"), ("sc", ""),
          ("sc", "--classifier logit-adjusted"), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
          ("dscl", "--classifier logit-adjusted"), ("ce", "--classifier class-balanced --aug strong"), ("sc", "--aug strong"),
          ("ce", "--recipe record"), ("ce", "--adjust 1.5 --recipe record"), ("dscl", "--pbsd 0 --recipe record"),
@@ -705,7 +707,7 @@ PAPER = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier
 
 
 def tables(rows):
-    """Markdown: a table for each data set and imbalance, and the papers' grid if anything of it was run."""
+    """Markdown: a table for each data set and imbalance, and README's grid if anything of it was run."""
     groups, text = {}, []
     for dataset, imb, method, settings, _, epochs, *scores, _, _, _ in rows:    # without seconds, hardware and commit
         groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(scores)
@@ -717,11 +719,11 @@ def tables(rows):
             text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {means} | {len(same)} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
-    grid = [[groups.get(column, {}).get((*which, "200")) for column in columns] for which in PAPER]
+    grid = [[groups.get(column, {}).get((*which, "200")) for column in columns] for which in GRID]
     if any(map(any, grid)):
         text += ["**ResNet-32, 200 epochs, top-1**", "",
                  "| method | settings | " + " | ".join(f"{dataset}, {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
-        for (method, settings), found in zip(PAPER, grid):
+        for (method, settings), found in zip(GRID, grid):
             cells = [spread([top1 for top1, *_ in same]) if same else "not run" for same in found]
             text.append(f"| {method} | {settings and f'`{settings}`'} | {' | '.join(cells)} |")
     return "\n".join(text)
@@ -812,12 +814,12 @@ def main(argv=None):
         return 141                                      # as a shell has it
     except KeyboardInterrupt:
         message, status = "stopped where no training was under way", 130
-    except (ltcl.InputError, OSError, RuntimeError) as error:
+    except (ltcl.InputError, OSError, MemoryError, RuntimeError) as error:
         text, status = str(error), 2
         if "DataLoader worker" in text:
             message = (f"error: a process that reads images failed ({text.strip().splitlines()[-1]}): "
                        "is memory or shared memory short? take fewer --workers, or 0")
-        elif not isinstance(error, RuntimeError):
+        elif isinstance(error, ltcl.InputError | OSError):
             message = f"error: {text}"
         elif RANKS > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text):
             status, message = 1, ("error: another process of the run ended, or didn't answer within --timeout: "
@@ -825,7 +827,8 @@ def main(argv=None):
                                                        ", with --resume --out and the run's folder"))
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
             message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
-        elif "allocate" in text or "out of memory" in text or "calculation overflowed" in text:     # torch's words
+        elif isinstance(error, MemoryError) or any(words in text for words in ("allocate", "out of memory",
+                                                                               "calculation overflowed")):     # torch's words
             message = "error: too little memory: take a smaller --batch-size, --size or --queue, or --device cpu"
         else:
             raise
@@ -846,6 +849,7 @@ def leave(status):
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # closed, as >&- does
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files that aren't UTF-8
     try:
         status = main()
