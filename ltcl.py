@@ -904,7 +904,8 @@ class Trainer:
     def load_state_dict(self, state):
         """Go on from a state_dict(). Raises InputError where it is another run's."""
         require(state["class_names"] == self.class_names and state["fingerprint"] == self.fingerprint,
-                "the training images are not those that the run began with: --data or the files in it have changed")
+                "the training images are not those that the run began with, or are read otherwise: --data or the files in "
+                "it have changed")
         try:
             nets = [(getattr(self, name), state[name]) for name in ("net", "key_encoder", "averaged")]
             for part, its in nets + list(zip(self.optimizers, state["optimizers"])):
@@ -946,6 +947,7 @@ def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
     require(name in ("cifar10", "cifar100"), f"unknown data set {name!r}: choose shapes, "
             f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file")
     path = Path(root) / f"{name}.npz"
+    require(not Path(root).is_file(), f"--data {root} is a file: name the folder that holds {path.name}, or will")
     if not path.exists():
         download_cifar(name, path)
     return read_npz(path)
@@ -972,9 +974,10 @@ def read_npz(path, holdout=0):
     require(path.exists(), f"{path} does not exist: give the path of an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
-            arrays = {key: file[key] for key in file.files}
+            arrays = {key: np.asarray(file[key]) for key in file.files}     # what is no array comes as bytes
     except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
-        raise InputError(f"{path} cannot be read as plain arrays ({error}): write it anew with numpy.savez, "
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be read as plain arrays ({reason}): write it anew with numpy.savez, "
                          "class_names as strings") from None
     parts = "train", "train" if holdout and not {"x_test", "y_test"} & set(arrays) else "test"
     missing = {f"{kind}_{part}" for kind in "xy" for part in parts} - set(arrays)
@@ -1078,9 +1081,11 @@ def load_files(root, train_list, test_list, holdout):
     if train_list or test_list:
         lists = train_list, test_list or (train_list if holdout else "")
         rows, names = [read_list(Path(name), root) for name in lists], None
+        require(not holdout or len({path for path, _ in rows[0]}) == len(rows[0]),
+                f"{train_list} names an image twice: --holdout could train on it and test on it: name each once")
     else:
-        there = [root / name for name in ("val", "test") if (root / name).is_dir()]
-        held_out = (there or [root / ("train" if holdout else "val")])[0]
+        there = [root / "train"] if holdout else [root / name for name in ("val", "test") if (root / name).is_dir()]
+        held_out = (there or [root / "val"])[0]
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
                     "and val/<class>/* (or test); --holdout 0.2 makes a test set of the training images")

@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import time
 import weakref
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -991,7 +992,7 @@ def test_thinning_what_is_no_balanced_set_warns(tmp_path, capsys):
         assert ("too few images for their place" in capsys.readouterr().err) == warned
 
 
-def test_evaluation_before_the_second_stage_warns(tiny, tmp_path, monkeypatch, capsys):
+def test_evaluation_before_the_classifier_is_trained_warns(tiny, tmp_path, monkeypatch, capsys):
     argv = [*tiny, "--curriculum", "two-stage", "--stage2-epochs", "1", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         interrupt(patch, {2})
@@ -999,13 +1000,17 @@ def test_evaluation_before_the_second_stage_warns(tiny, tmp_path, monkeypatch, c
     for warned in (True, False):
         capsys.readouterr()
         assert train.main(["--eval", str(tmp_path / "run")]) == 0
-        assert ("second stage" in capsys.readouterr().err) == warned
+        assert ("no epoch has trained the classifier yet" in capsys.readouterr().err) == warned
         assert train.main(["--predict", str(tmp_path / "run"), write_picture(tmp_path / "a.png")]) == 0
-        assert ("second stage" in capsys.readouterr().err) == warned
+        assert ("no epoch has trained the classifier yet" in capsys.readouterr().err) == warned
         assert train.main([*argv, "--resume"]) == 0
     capsys.readouterr()
-    train.warn_untrained(dict(config=dict(curriculum="two-stage", method="ce", epochs=2), epoch=1, history=[]))
-    assert capsys.readouterr().err == ""                # cross-entropy has a classifier in its first stage, too
+    # cross-entropy has a classifier in its first stage, too; the parabola leaves it none of the first epoch
+    for curriculum, method, epoch, history, warned in (("two-stage", "ce", 0, [], True), ("two-stage", "ce", 0, [0], False),
+                                                       ("two-stage", "ce", 1, [], False), ("parabolic", "sc", 1, [], True),
+                                                       ("parabolic", "sc", 1, [0], False), ("constant", "sc", 1, [], False)):
+        train.warn_untrained(dict(config=dict(curriculum=curriculum, method=method, epochs=2), epoch=epoch, history=history))
+        assert bool(capsys.readouterr().err) == warned
 
 
 def test_experts_share_the_early_stages_and_average_their_logits():
@@ -1380,6 +1385,9 @@ def test_a_folder_without_test_images(size, tmp_path, capsys):
     shutil.rmtree(root / "val")
     argv = [*FOLDER, "--method", "ce", "--data", str(root), "--net", "resnet8", "--size", "32", "--out", str(tmp_path / "run")]
     assert train.main(argv) == 2 and "--holdout" in capsys.readouterr().err
+    (root / "test").mkdir()
+    shutil.copy(next((root / "train").rglob("*.png")), root / "test" / "unlabelled.png")        # no class folder in it
+    assert train.main(argv) == 2 and "Couldn't find any class folder" in capsys.readouterr().err
     assert train.main([*argv, "--holdout", "0.3"]) == 0
     assert "21 training images in 2 classes of 14 to 7, 9 test images" in capsys.readouterr().out
     assert train.main(["--eval", str(tmp_path / "run")]) == 0
@@ -1421,6 +1429,8 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
     (tmp_path / "train.txt").write_text(whole.replace(" ", "\t") + "\n\n")
     refused(capsys, tmp_path, [*argv[:-2], "--out", tmp_path / "run4"], "--test-list", "--holdout")
+    (tmp_path / "twice.txt").write_text(whole + whole.splitlines()[-1])
+    refused(capsys, tmp_path, [*argv[:-3], tmp_path / "twice.txt", "--holdout", "0.1", "--out", tmp_path / "run4"], "twice.txt names an image twice")
     assert train.main([*argv[:-2], "--method", "ce", "--holdout", "0.1", "--out", str(tmp_path / "run4")]) == 0
     assert "135 training images in 2 classes of 90 to 45, 15 test images" in capsys.readouterr().out
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
@@ -2125,11 +2135,12 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert [row[4] for row in train.read_results(results)] == ["0", "1", "2", "9"]
     results.write_text("\ufeff" + results.read_text() + "\n\n", encoding="utf-8")      # a spreadsheet's doing
     assert [row[4] for row in train.read_results(results)] == ["0", "1", "2", "9"]
-    for path in (tmp_path / "new.csv", tmp_path / "empty.csv"):
-        (tmp_path / "empty.csv").touch()
+    for path, old in ((tmp_path / "new.csv", None), (tmp_path / "empty.csv", ""), (tmp_path / "blank.csv", "\ufeff\n")):
+        if old is not None:
+            path.write_text(old, encoding="utf-8")
         for part in ([], rows[:1], [], rows[1:]):
             train.add_results(path, part)
-        assert train.read_results(path) == rows and path.read_text().startswith("dataset,")
+        assert train.read_results(path) == rows and path.read_text(encoding="utf-8").startswith((old or "") + "dataset,")
     refused(capsys, tmp_path, ["--tables", results, "--quiet"], "--quiet has no meaning with --tables")
     refused(capsys, tmp_path, [*argv, "--seeds", "0", "--seed", "1"], "--seed has no meaning with --seeds")
     refused(capsys, tmp_path, [*argv, "--seeds", "3", "--resume"], "--resume: not allowed with argument --seeds")
@@ -2204,7 +2215,8 @@ def test_tables():
     assert "| sc |  | 200 | 47.0 ± 1.0 | 60.0 ± 0.0 | n/a | 20.0 ± 0.0 | 3 |" in text
     assert "| sc |  | not run | not run | not run | 47.0 ± 1.0 | not run | not run |" in text
     assert "| dscl | `--pbsd 0` | not run | not run | not run | 50.0 | not run | not run |" in text
-    assert "200 epochs, top-1" not in train.tables([["folder", *row[1:]] for row in rows])   # own images alone
+    own = train.tables([["folder", "1", *row[2:]] for row in rows])
+    assert "200 epochs, top-1" not in own and "**folder, all images**" in own and "**cifar100, imbalance 100**" in text
 
 
 def test_the_readmes_tables_are_those_of_the_rows():
@@ -2230,6 +2242,8 @@ def test_cifar_is_downloaded_once(tmp_path, monkeypatch):
     first = ltcl.load_dataset("cifar100", tmp_path / "new")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["cifar100.npz"]
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", None)
+    with pytest.raises(ltcl.InputError, match="is a file: name the folder"):
+        ltcl.load_dataset("cifar100", tmp_path / "new" / "cifar100.npz")
     again = ltcl.load_dataset("cifar100", tmp_path / "new")
     assert torch.equal(first.x_train, again.x_train) and again.class_names == ["x", "y", "z"]
     assert (first.x_train.permute(0, 2, 3, 1).numpy() == arrays()["x_train"]).all()
@@ -2440,6 +2454,10 @@ def test_broken_npz(tmp_path, capsys):
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
         refused(capsys, tmp_path, ["--dataset", path, *TINY, "--out", tmp_path / "run"], f"{name}.npz", "cannot be read")
+    path = write_npz(tmp_path / "hollow.npz", x_train=None)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("x_train.npy", b"")               # what was written when the disk was full
+    refused(capsys, tmp_path, ["--dataset", path, *TINY, "--out", tmp_path / "run"], "x_train is", "images are uint8")
 
 
 def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):

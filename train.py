@@ -542,9 +542,9 @@ def print_result(trainer, seconds):
 # --- using what was trained --------------------------------------------------------------------
 
 def warn_untrained(state):
-    c = state["config"]
-    if c["curriculum"] == "two-stage" and c["method"] != "ce" and state["epoch"] + bool(state["history"]) <= c["epochs"]:
-        say("warning: the second stage, which trains the classifier, has not begun: its weights are random")
+    c, begun = state["config"], state["epoch"] + bool(state["history"])     # epochs begun, of both stages
+    if all(c["method"] != "ce" and ltcl.contrast_weight(epoch, c["epochs"], c["curriculum"]) == 1 for epoch in range(begun)):
+        say("warning: no epoch has trained the classifier yet: its weights are random")
 
 
 def evaluate(run, given, per_class):
@@ -686,7 +686,7 @@ def add_results(path, rows):
             content = file.read()
             if content and not content.endswith("\n"):  # an editor's doing
                 file.write("\n")
-            csv.writer(file, lineterminator="\n").writerows(rows if content else [COLUMNS, *rows])
+            csv.writer(file, lineterminator="\n").writerows(rows if content.strip("\ufeff\r\n") else [COLUMNS, *rows])
     except OSError as error:
         raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room or name another file; "
                               "--resume adds the row of a run that is done") from None
@@ -712,7 +712,7 @@ def tables(rows):
     for dataset, imb, method, settings, _, epochs, *scores, _, _, _ in rows:    # without seconds, hardware and commit
         groups.setdefault((dataset, imb), {}).setdefault((method, settings, epochs), []).append(scores)
     for (dataset, imb), runs in groups.items():
-        text += [f"**{dataset}, imbalance {imb}**", "",
+        text += [f"**{dataset}, {'all images' if imb == '1' else f'imbalance {imb}'}**", "",
                  "| method | settings | epochs | top-1 | many | medium | few | seeds |", "|---" * 8 + "|"]
         for (method, settings, epochs), same in runs.items():
             means = " | ".join(map(spread, zip(*same)))
