@@ -700,10 +700,10 @@ def spread(values):
 
 
 GRID = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier logit-adjusted"), ("sc", ""),
-         ("sc", "--classifier logit-adjusted"), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
-         ("dscl", "--classifier logit-adjusted"), ("ce", "--classifier class-balanced --aug strong"), ("sc", "--aug strong"),
-         ("ce", "--recipe record"), ("ce", "--adjust 1.5 --recipe record"), ("dscl", "--pbsd 0 --recipe record"),
-         ("dscl", "--recipe record"), ("dscl", "--adjust 1.5 --recipe record")]
+        ("sc", "--classifier logit-adjusted"), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
+        ("dscl", "--classifier logit-adjusted"), ("ce", "--classifier class-balanced --aug strong"), ("sc", "--aug strong"),
+        ("ce", "--recipe record"), ("ce", "--adjust 1.5 --recipe record"), ("dscl", "--pbsd 0 --recipe record"),
+        ("dscl", "--recipe record"), ("dscl", "--adjust 1.5 --recipe record")]
 
 
 def tables(rows):
