@@ -2219,6 +2219,12 @@ def test_tables():
     assert "200 epochs, top-1" not in own and "**folder, all images**" in own and "**cifar100, imbalance 100**" in text
 
 
+def test_a_closed_stdout():
+    script = 'exec "$0" train.py --tables data/results.csv >&-'
+    run = subprocess.run(["sh", "-c", script, sys.executable], cwd=HERE, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_the_readmes_tables_are_those_of_the_rows():
     readme = (HERE / "README.md").read_text()
     for name in ("results.csv", "tuning.csv"):
