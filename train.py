@@ -628,9 +628,9 @@ COLUMNS = (*KEY, *SCORES, "seconds", "hardware", "commit")      # of a row, a li
 def settings_text(config):
     """The flags by which a run's settings differ from the presets, as they are typed."""
     preset = replace(Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe), recipe="paper")
-    others = {*KEY, "device", "compile", "amp"} | NO_MATTER
-    if config.dataset in ltcl.FILE_SETS:                # other files are another data set
-        others -= {"train_list", "test_list"} | ({"data"} if config.dataset == "folder" else set())
+    others = {*KEY, "device", "compile", "amp"} | NO_MATTER - {"train_list", "test_list"}   # other files are another data set
+    if config.dataset == "folder":                      # and so is another folder
+        others -= {"data"}
     return " ".join(f"{flag(name)} {shlex.quote(f'{value:.12g}' if isinstance(value, float) else str(value))}"
                     for name, value in asdict(config).items() if name not in others and value != getattr(preset, name))
 
@@ -827,8 +827,8 @@ def main(argv=None):
                                                        ", with --resume --out and the run's folder"))
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
             message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
-        elif isinstance(error, MemoryError) or any(words in text for words in ("allocate", "out of memory",
-                                                                               "calculation overflowed")):     # torch's words
+        elif (isinstance(error, MemoryError) or "allocate" in text or "out of memory" in text
+              or "calculation overflowed" in text):     # torch's words
             message = "error: too little memory: take a smaller --batch-size, --size or --queue, or --device cpu"
         else:
             raise
