@@ -213,27 +213,13 @@ def random_change(x, rng):
     return torch.where(posterize[..., None] != 0, (x * levels).floor() / levels, x)
 
 
-def random_squares(x, side, rng):
-    """A square in each image, its centre anywhere, side its share of the image's, a number or [B,1]: masks [B,1,H,W]."""
-    B, _, H, W = x.shape
-    u, v = torch.rand(2, B, 1, generator=rng, device=x.device)                  # [B,1] each
-    rows = (torch.arange(H, device=x.device) + 0.5 - H * u).abs() < side * H / 2        # [B,H]
-    columns = (torch.arange(W, device=x.device) + 0.5 - W * v).abs() < side * W / 2     # [B,W]
-    return (rows[:, :, None] & columns[:, None])[:, None]
-
-
 def random_cutout(x, rng):
     """A grey box of half the sides, its centre anywhere (DeVries and Taylor 2017): float [B,3,H,W] -> same."""
-    return x.masked_fill(random_squares(x, 0.5, rng), 0.5)
-
-
-def random_mix(x, y, rng, p):
-    """CutMix (Yun et al., ICCV 2019) with probability p: a box of any size comes from another image, and its share of the
-    label y [B,C]. float [B,3,H,W] -> same, and the labels."""
-    other = torch.randperm(len(x), generator=rng, device=x.device)              # [B]
-    area, chosen = torch.rand(2, len(x), 1, generator=rng, device=x.device)     # [B,1] each
-    box = random_squares(x, area.sqrt() * (chosen < p), rng)                    # [B,1,H,W]
-    return torch.where(box, x[other], x), torch.lerp(y, y[other], box.float().mean((2, 3)))
+    B, _, H, W = x.shape
+    u, v = torch.rand(2, B, 1, generator=rng, device=x.device)                  # [B,1] each
+    rows = (torch.arange(H, device=x.device) + 0.5 - H * u).abs() < H / 4       # [B,H]
+    columns = (torch.arange(W, device=x.device) + 0.5 - W * v).abs() < W / 4    # [B,W]
+    return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.5)
 
 
 def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
@@ -789,32 +775,26 @@ class Trainer:
     def losses(self, x, y, x_ce, y_ce):
         """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
         the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm
-        has the same mixture of them in training as, by its running statistics, in evaluation: 3N rows, the queries, the
-        keys, the classifier's view. A momentum encoder sees the keys instead; the first of two stages lacks the
-        classifier's view, the second, and ce, have it alone."""
-        c, N, weight = self.config, len(y), self.weight
+        has the same mixture of them in training as, by its running statistics, in evaluation: (2+V)N rows, the queries, the
+        keys, the classifier's V views. A momentum encoder sees the keys instead; the first of two stages lacks the
+        classifier's views, the second, and ce, have them alone."""
+        c, N, V, weight = self.config, len(y), self.config.classifier_views, self.weight
         query, key, plain, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
         seen = views[:1] if self.key_encoder else views        # the momentum encoder takes the keys' view
-        classified = []
-        if self.classifies:
-            y_ce = y_ce.repeat(c.repeat)                                # [RN]
-            classified = [plain(x_ce.repeat(c.repeat, 1, 1, 1), self.rng, self.size)]       # [RN,3,H,W]
-            if c.mix:
-                x_ce, y_ce = random_mix(*classified, F.one_hot(y_ce, len(self.counts)).float(), self.rng, c.mix)
-                classified = [x_ce]
+        classified = [plain(x_ce.repeat(V, 1, 1, 1), self.rng, self.size)] if self.classifies else []       # [VN,3,H,W]
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
-            maps = self.net.maps(torch.cat(seen + classified))          # [up to 3N,width,h,w] of each expert
+            maps = self.net.maps(torch.cat(seen + classified))          # [up to (2+V)N,width,h,w] of each expert
         parts, keys = {}, None
         if weight:
             parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y)
         loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
-            logits = self.net.logits([m[-len(y_ce):] for m in maps])    # [E,RN,C]
+            logits = self.net.logits([m[-V * N:] for m in maps])        # [E,VN,C]
             if c.classifier == "logit-adjusted":
                 # [Menon et al. 2021, logit adjustment]: log n_c, the prior, times their tau: the network needn't learn it
-                logits = logits + c.adjust * self.class_size.log()      # [E,N,C]
-            parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), torch.cat([y_ce] * c.experts))
+                logits = logits + c.adjust * self.class_size.log()      # [E,VN,C]
+            parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts * V))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
         return dict(loss=loss, **parts), keys
 

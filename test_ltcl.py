@@ -855,7 +855,7 @@ def test_the_momentum_encoder_follows_parameters_and_buffers(monkeypatch):
 
 STEPS = [dict(method="ce"), dict(method="sc"), dict(method="psc"), dict(), dict(experts=2),
          dict(ema=0.9, queue=40), dict(aug="resized"), dict(curriculum="two-stage"),
-         dict(recipe="record", batch_size=8, average=0.9, logits="cosine")]
+         dict(recipe="record", batch_size=8, classifier_views=2, average=0.9, logits="cosine")]
 
 
 @pytest.mark.parametrize("settings", STEPS)
@@ -939,6 +939,28 @@ def test_logit_adjustment_is_balanced_softmax(adjust):
     parts, _ = trainer.losses(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), y, torch.zeros(3, 3, 8, 8, dtype=torch.uint8), y)
     weighted = logits[0].exp() * torch.tensor([12.0, 6, 3]) ** adjust       # n_c exp(logit_c), for adjust 1
     torch.testing.assert_close(parts["loss"], -(weighted[range(3), y] / weighted.sum(1)).log().mean())
+
+
+@pytest.mark.parametrize("settings", [dict(method="ce"), dict(method="sc", curriculum="constant"), dict(curriculum="constant", experts=2),
+                                      dict(curriculum="constant", ema=0.5), dict(method="ce", curriculum="two-stage")])
+def test_the_classifier_sees_several_views_of_each_image_with_its_label(settings, monkeypatch):
+    query, key, _, patch = ltcl.AUGMENTATIONS["crop"]
+    seen = []
+
+    def plain(x, rng, size):                            # the k-th view of an image is k brighter
+        seen.append(len(x))
+        return (x + 9 * torch.arange(len(x)).div(4, rounding_mode="floor").view(-1, 1, 1, 1)).float() / 255
+
+    monkeypatch.setitem(ltcl.AUGMENTATIONS, "crop", (query, key, plain, patch))
+    trainer = tiny_trainer(aug="crop", classifier_views=3, **settings)
+    trainer.epoch = 2 if "two-stage" in settings.values() else 0
+    x, y = torch.randint(200, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 2, 1, 0])
+    trainer.net.eval()                                  # BatchNorm's running statistics: an image's logits are its own
+    parts, _ = trainer.losses(x, y, x, y)
+    logits = [trainer.net.logits(trainer.net.maps((x + 9 * k).float() / 255)) for k in range(3)]        # [E,4,C] each
+    theirs = [F.cross_entropy(e, y) for view in logits for e in view]
+    torch.testing.assert_close(parts["loss_ce"], sum(theirs) / len(theirs))
+    assert seen == [12] and parts["loss_ce"] != theirs[0]
 
 
 def test_patches_leave_batchnorm_alone():
@@ -1026,7 +1048,7 @@ def test_experts_share_the_early_stages_and_average_their_logits():
     assert all(not torch.equal(a, e.last[0].conv1.weight) for a, e in zip(start, trainer.net.experts))
 
 
-@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30, hidden=48, dim=24), dict(ema=0.5, batch_size=21), dict(aug="resized"),
+@pytest.mark.parametrize("settings", [dict(method="sc", recipe="record", batch_size=8, classifier_views=2, logits="cosine", average=0.5), dict(method="sc", pbsd=1.0), dict(box_scale="side"), dict(queue=30, hidden=48, dim=24), dict(ema=0.5, batch_size=21), dict(aug="resized"),
                                       dict(method="ce", curriculum="two-stage", stage2_epochs=1),
                                       dict(method="psc", experts=2), dict(curriculum="two-stage", stage2_epochs=1)])
 def test_combinations_train(settings):

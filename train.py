@@ -96,8 +96,7 @@ class Config:
                               "for ce in a second stage alone",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     adjust: float = setting(1.0, "logit-adjusted: times the log of the class sizes; above 1 leans to the tail", low=0)
-    repeat: int = setting(1, "views of each image for the classifier (batch augmentation, Hoffer et al. 2020)", low=1, high=100)
-    mix: float = setting(0.0, "probability that a part of the classifier's view is another image's (CutMix)", low=0, high=1)
+    classifier_views: int = setting(1, "views of each of its images: batch augmentation (Hoffer et al. 2020)", low=1, high=100)
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
     holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or "
@@ -705,7 +704,8 @@ GRID = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier 
         ("sc", "--classifier logit-adjusted"), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
         ("dscl", "--classifier logit-adjusted"), ("ce", "--classifier class-balanced --aug strong"), ("sc", "--aug strong"),
         ("ce", "--recipe record"), ("ce", "--adjust 1.5 --recipe record"), ("dscl", "--pbsd 0 --recipe record"),
-        ("dscl", "--recipe record"), ("dscl", "--adjust 1.5 --recipe record")]
+        ("dscl", "--recipe record"), ("dscl", "--adjust 1.5 --recipe record"),
+        ("dscl", "--classifier-views 2 --recipe record")]
 
 
 def tables(rows):
