@@ -840,8 +840,9 @@ class Trainer:
         """Raises InputError when losses or weights are no longer numbers."""
         broken = ~torch.stack(self.history)[:, 0].isfinite().cpu()              # [steps]
         broken[-1] |= not torch.cat([t.flatten() for t in self.net.state_dict().values()]).isfinite().all()
+        advice = "a lower --lr" + (" or a higher --tau" if self.config.method != "ce" else "")
         require(not broken.any(), f"loss or weights are no longer numbers in epoch {self.epoch + 1}, step "
-                f"{broken.int().argmax() + 1}: try a lower --lr or a higher --tau; last.pt is from before")
+                f"{broken.int().argmax() + 1}: try {advice}; last.pt is from before")
 
     def train_epoch(self, tick=lambda step, steps: None):
         """Once over the training set. Returns the epoch's means; nothing is read from the device
@@ -1043,7 +1044,7 @@ class ImageFiles(torch.utils.data.Dataset):
             print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
         n = len(self.unreadable)
         require(n <= max(1, 0.01 * len(self)), f"{n} of {len(self)} image files cannot be read, more than 1 %: "
-                "mend or remove those named above")
+                "mend those named above, or take them out of the folder and of a list file")
 
 
 def into_memory(files, y):
@@ -1079,7 +1080,7 @@ def read_list(path, root):
 def load_files(root, train_list, test_list, holdout):
     """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
     if train_list or test_list:
-        lists = train_list, test_list or (train_list if holdout else "")
+        lists = train_list, train_list if holdout else test_list    # hold_out() will make the test set
         rows, names = [read_list(Path(name), root) for name in lists], None
         require(not holdout or len({path for path, _ in rows[0]}) == len(rows[0]),
                 f"{train_list} names an image twice: --holdout could train on it and test on it: name each once")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -1455,6 +1456,8 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, [*argv[:-3], tmp_path / "twice.txt", "--holdout", "0.1", "--out", tmp_path / "run4"], "twice.txt names an image twice")
     assert train.main([*argv[:-2], "--method", "ce", "--holdout", "0.1", "--out", str(tmp_path / "run4")]) == 0
     assert "135 training images in 2 classes of 90 to 45, 15 test images" in capsys.readouterr().out
+    assert train.main([*argv[:-1], "nowhere.txt", "--method", "ce", "--holdout", "0.1", "--out", str(tmp_path / "run5")]) == 0
+    assert log_of(tmp_path / "run5")[-1]["top1"] == log_of(tmp_path / "run4")[-1]["top1"]       # the second list plays no part
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
 
 
@@ -1734,7 +1737,7 @@ def test_resume_where_nothing_is_saved(tiny, tmp_path, capsys):
     assert train.main([*tiny, "--resume", "--out", str(out)]) == 0      # so that one command can be repeated
     (out / "last.pt").unlink()
     refused(capsys, tmp_path, ["--resume", "--out", out], "log.jsonl", "without its last.pt")
-    refused(capsys, tmp_path, [*tiny, "--out", out], "already holds a run")     # log.jsonl
+    refused(capsys, tmp_path, [*tiny, "--out", out], "log.jsonl", "without its last.pt")        # and not: resume it
     refused(capsys, tmp_path, [*tiny, "--resume", "--out", out], "log.jsonl")   # and would be overwritten
 
 
@@ -2241,10 +2244,31 @@ def test_tables():
     assert "200 epochs, top-1" not in own and "**folder, all images**" in own and "**cifar100, imbalance 100**" in text
 
 
-def test_a_closed_stdout():
-    script = 'exec "$0" train.py --tables data/results.csv >&-'
-    run = subprocess.run(["sh", "-c", script, sys.executable], cwd=HERE, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
+@pytest.mark.parametrize("to, status, error", [(">&-", 0, ""), (">/dev/null 2>&-", 0, ""), (
+    ">/dev/full", 2, "error: the output could not be written (No space left on device): make room\n")])
+def test_output_that_goes_nowhere(to, status, error):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    script = f'exec "$0" train.py --tables data/tuning.csv {to}'
+    run = subprocess.run(["sh", "-c", script, sys.executable], cwd=HERE, capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stderr) == (status, error)
+
+
+@pytest.mark.parametrize("text", ["", "head\none,row\n", "head\none,row"])
+def test_a_full_disk_leaves_no_half_row(tmp_path, text):
+    path, rows = tmp_path / "results.csv", train.read_results(HERE / "data" / "tuning.csv")[:3]
+    text = text and text.replace("head", ",".join(train.COLUMNS)).replace("one,row", ",".join([*rows[0][:11], "here", rows[0][12]]))
+    path.write_text(text)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(text) + 150, limits[1]))      # within the second of the rows
+    try:
+        with pytest.raises(ltcl.InputError, match="could not be written"):
+            train.add_results(path, rows[1:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    before = [row[4:11] for row in rows[:1] if text]
+    assert [row[4:11] for row in train.read_results(path)] == before
+    train.add_results(path, rows[1:])
+    assert [row[4:11] for row in train.read_results(path)] == before + [row[4:11] for row in rows[1:]]
 
 
 def test_the_readmes_tables_are_those_of_the_rows():
@@ -2498,21 +2522,22 @@ def test_an_out_that_holds_a_run(tiny, tmp_path, capsys):
     refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "tiny.npz" / "run"], "--out", "cannot be made")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("{}")
-    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "theirs"], "already holds a run")     # or what may be one
+    refused(capsys, tmp_path, [*tiny, "--out", tmp_path / "theirs"], "config.json", "without its last.pt")
     (out / "last.pt").unlink()
     refused(capsys, tmp_path, [*tiny, "--out", out, "--resume"], "log.jsonl", "without its last.pt")
     out.rename(tmp_path / "run-seed0")
     refused(capsys, tmp_path, [*tiny, "--out", out, "--seeds", "0"], "log.jsonl", "without its last.pt")
 
 
-@pytest.mark.parametrize("lr, seconds", [(1e30, 600), (math.inf, 0)])     # found at the epoch's end, and at a save within it
-def test_a_loss_that_turns_nan(lr, seconds, tiny, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("lr, seconds, method", [(1e30, 600, "sc"), (math.inf, 0, "ce")])      # found at the epoch's end, and at a save within it
+def test_a_loss_that_turns_nan(lr, seconds, method, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ltcl, "learning_rate", lambda t, c: 0.01 if t <= 1 else lr)
     monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
     out = tmp_path / "run"
-    assert train.main([*tiny, "--epochs", "3", "--out", str(out)]) == 2
+    assert train.main([*tiny, "--method", method, "--epochs", "3", "--out", str(out)]) == 2
     warning, line = capsys.readouterr().err.splitlines()
-    assert "6 steps in all are too few" in warning and "epoch 2, step" in line and "--lr" in line
+    assert "6 steps in all are too few" in warning and "epoch 2, step" in line
+    assert "--lr" in line and ("--tau" in line) == (method != "ce")
     saved = torch.load(out / "last.pt", weights_only=True)
     assert saved["epoch"] == 1 and all(t.isfinite().all() for t in saved["net"].values())
 

@@ -278,10 +278,10 @@ def opened(given, go_on):
     out = given.get("out", "")
     ltcl.require(not os.path.isfile(out), f"--out {out} is a file: name a folder")
     held = next((name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()), "")
+    ltcl.require(held in ("", "last.pt"), f"--out {out} holds {held} of a run without its last.pt: name another folder")
     ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: "
                  f"--resume --out {out}")
-    if held != "last.pt":
-        ltcl.require(not held, f"--out {out} holds {held} of a run without its last.pt: name another folder")
+    if not held:
         ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING - {"epochs", "stage2_epochs"},
                      f"--resume: --out {out!r} holds no run: name the folder of one, or give a new one --dataset too")
         return Config.of(**given), None
@@ -672,7 +672,7 @@ def read_results(path):
             numbers = [float(number) for number in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]
             ltcl.require(all(map(math.isfinite, numbers)), "a score in it is not finite")
     except (OSError, ValueError, csv.Error) as error:
-        raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another --results") from None
+        raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another file") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
                  f"{path} is no file of results, which has the columns {', '.join(COLUMNS)}")
     return rows
@@ -681,6 +681,7 @@ def read_results(path):
 def add_results(path, rows):
     """Append the rows of runs, below a head if the file is new. Commands side by side may write into one file: each
     begins by adding none, so that the head is there long before the first row."""
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
             file.seek(0)
@@ -689,6 +690,8 @@ def add_results(path, rows):
                 file.write("\n")
             csv.writer(file, lineterminator="\n").writerows(rows if content.strip("\ufeff\r\n") else [COLUMNS, *rows])
     except OSError as error:
+        with contextlib.suppress(OSError):              # half a row would spoil the file; whole ones are another command's
+            os.truncate(path, max(size, path.read_bytes().rfind(b"\n") + 1))
         raise ltcl.InputError(f"{path} could not be written ({error.strerror}): make room or name another file; "
                               "--resume adds the row of a run that is done") from None
 
@@ -842,8 +845,13 @@ def main(argv=None):
 def leave(status):
     """End this process at once: an ordinary exit is aborted by threads that wait for a lost process, and waits for the
     loader's workers."""
-    with contextlib.suppress(BrokenPipeError):          # of a reader that has enough, as head
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:                             # its reader has enough, as head
+        pass
+    except OSError as error:
+        print(f"error: the output could not be written ({error.strerror}): make room", file=sys.stderr)
+        status = status or 2
     sys.stderr.flush()
     for worker in torch.multiprocessing.active_children():      # one still in its start would never see that it is alone
         worker.kill()
@@ -851,7 +859,7 @@ def leave(status):
 
 
 if __name__ == "__main__":
-    sys.stdout = sys.stdout or open(os.devnull, "w")    # closed, as >&- does
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # closed, as >&- does
     sys.stdout.reconfigure(errors="backslashreplace")   # names of files that aren't UTF-8
     try:
         status = main()
