@@ -672,7 +672,7 @@ def read_results(path):
             numbers = [float(number) for number in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]
             ltcl.require(all(map(math.isfinite, numbers)), "a score in it is not finite")
     except (OSError, ValueError, csv.Error) as error:
-        raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): name another file") from None
+        raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): give --results or --tables another") from None
     ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
                  f"{path} is no file of results, which has the columns {', '.join(COLUMNS)}")
     return rows
