@@ -264,7 +264,7 @@ def refuse_another_run(old, new, given, began, out):
         if a == b or name in NO_MATTER or moved:
             continue
         if name in ("epochs", "stage2_epochs"):
-            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: the {began} epochs begun with {a} "
+            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: the epochs begun with {a} ({began}) "
                          "would have had another learning rate or contrast weight: start a new run")
         else:
             ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: take that to go on, "
