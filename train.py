@@ -96,7 +96,8 @@ class Config:
                               "for ce in a second stage alone",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
     adjust: float = setting(1.0, "logit-adjusted: times the log of the class sizes; above 1 leans to the tail", low=0)
-    classifier_views: int = setting(1, "views of each of its images: batch augmentation (Hoffer et al. 2020)", low=1, high=100)
+    classifier_views: int = setting(1, "views a step of each of the classifier's images: batch augmentation (Hoffer et al. 2020)",
+                                    low=1, high=100)
     logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
     holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or "
