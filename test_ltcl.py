@@ -1495,6 +1495,7 @@ def test_presets_are_the_papers_settings():
     on_val = train.Config.of(dataset="imagenet_lt", test_list="ImageNet_LT_val.txt")        # its row is another's
     assert train.settings_text(on_val) == "--test-list ImageNet_LT_val.txt"
     assert train.settings_text(train.Config.of(dataset="imagenet_lt", data="elsewhere")) == ""
+    assert train.Config(lr=1e-12, tau=1e-12).lr == 1e-12        # "above 0" is all that is asked
 
 
 # --- nothing lost: stopping, killing and going on ------------------------------------------------
