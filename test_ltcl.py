@@ -1495,7 +1495,6 @@ def test_presets_are_the_papers_settings():
     on_val = train.Config.of(dataset="imagenet_lt", test_list="ImageNet_LT_val.txt")        # its row is another's
     assert train.settings_text(on_val) == "--test-list ImageNet_LT_val.txt"
     assert train.settings_text(train.Config.of(dataset="imagenet_lt", data="elsewhere")) == ""
-    assert train.Config(lr=1e-12, tau=1e-12).lr == 1e-12        # "above 0" is all that is asked
 
 
 # --- nothing lost: stopping, killing and going on ------------------------------------------------
@@ -2398,6 +2397,10 @@ def refused(capsys, folder, argv, *words):
 ])
 def test_bad_flags(flags, words, tmp_path, capsys):
     refused(capsys, tmp_path, ["--out", tmp_path / "run", *flags], *words)
+
+
+def test_above_zero_is_all_that_is_asked():
+    assert train.Config(lr=1e-12, tau=1e-12).lr == 1e-12
 
 
 def test_too_little_memory(tiny, tmp_path, capsys):

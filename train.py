@@ -56,7 +56,7 @@ def setting(default, help, choices=(), low=None, high=None):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
-TINY, BELOW_ONE = math.ulp(0.0), 1 - 1e-9            # "above zero" and "below one", as bounds
+TINY, BELOW_ONE = math.ulp(0.0), 1 - 1e-9  # "above zero" and "below one", as bounds
 
 
 @dataclass
