@@ -65,7 +65,7 @@ def long_tail_counts(n_max, num_classes, imb):
     Raises InputError for imb < 1. The protocol of the field, which [H] follows too.
     """
     require(imb >= 1, f"--imb is {imb}: it is the largest class's images over the smallest's, 1 or more")
-    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 * 49**-1 < 1
+    return [int(n_max * imb ** (-c / max(num_classes - 1, 1)) + 1e-9) for c in range(num_classes)]     # 49 * 49**-1 is 0.999...
 
 
 def draw_of_each_class(labels, counts, seed=0):
@@ -104,7 +104,8 @@ def take(x, rows):
 
 def hold_out(data, share):
     """The data with a share of each training class, rounded up, as its test set: to choose settings by, so that the
-    real test set stays unseen. One image of each class stays in training: a class of one has no test image."""
+    real test set stays unseen. One image of each class stays in training: a class of one has no test image. Raises
+    InputError where no class has two."""
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
     counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 * 100 is above 7 in floats
     test = draw_of_each_class(y.numpy(), np.minimum(counts, sizes - 1))
@@ -172,7 +173,7 @@ def random_grayscale(x, rng, p=0.2):
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
     """Change the colours of float images [B,3,H,W] in 0..1. Brightness, contrast and saturation are
-    [B,1,1], 0 to leave them; hue is an angle, grey 1 takes the colour away. All are linear (hue
+    [B,1,1], 0 to leave them; hue is an angle in radians, grey 1 takes the colour away. All are linear (hue
     turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
     luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] the colours' parts in grey
@@ -187,16 +188,16 @@ def recolour(x, brightness, contrast, saturation, hue, grey=0):
 
 
 def random_jitter(x, rng, jitter=(0.4, 0.4, 0.4, 0.1), p=0.8, grey=0.2):
-    """Brightness, contrast, saturation and hue, each by up to its jitter, with probability p, and
-    no colour with probability grey: float [B,3,H,W] in 0..1 -> same."""
+    """Brightness, contrast, saturation and hue, each by up to its jitter (hue's a share of the full turn), with
+    probability p, and no colour with probability grey: float [B,3,H,W] in 0..1 -> same."""
     draws = torch.rand(6, len(x), 1, 1, generator=rng, device=x.device)                 # [6,B,1,1] for b, c, s, h, p, grey
     b, c, s, h = ((2 * u - 1) * most * (draws[4] < p) for u, most in zip(draws, jitter))            # [B,1,1] each
     return recolour(x, b, c, s, 2 * math.pi * h, (draws[5] < grey).to(x.dtype))
 
 
 def random_change(x, rng):
-    """Each image gets one of ten changes, or none, of random strength, as in TrivialAugment (Mueller and
-    Hutter, ICCV 2021): float [B,3,H,W] in 0..1 -> same."""
+    """Each image gets one of ten changes, or none, of random strength, after TrivialAugment (Mueller and
+    Hutter, ICCV 2021; its list is longer): float [B,3,H,W] in 0..1 -> same."""
     kind = torch.randint(11, (len(x), 1, 1), generator=rng, device=x.device)
     strength = 2 * torch.rand(len(x), 1, 1, generator=rng, device=x.device) - 1
     turn, shear_x, shear_y, shift_x, shift_y, brightness, contrast, saturation, solarize, posterize = (
@@ -238,7 +239,7 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
 
 
 def crop_view(x, rng, size=None):
-    """[H]'s augmentation, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1. size: for other views."""
+    """[H]'s, both branches: crop, flip, grayscale. uint8 [B,3,H,W] -> float in 0..1. size is unused: other views need it."""
     return random_grayscale(random_flip(random_crop(x, rng), rng) / 255, rng)
 
 
@@ -269,7 +270,8 @@ def patch_view(x, rng):
 
 
 def strong_view(x, rng, size=None):
-    """The records' classifier view: crop, flip, a random change, Cutout. uint8 [B,3,H,W] -> float in 0..1."""
+    """The records' classifier view, but for a random change in place of AutoAugment: crop, flip, it, Cutout.
+    uint8 [B,3,H,W] -> float in 0..1. size is unused: other views need it."""
     return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
 
 
@@ -387,7 +389,7 @@ class Hybrid(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------
-# 4. Losses: each is logsumexp over the candidates minus the similarity to a target
+# 4. Losses: each is logsumexp over the candidates minus the similarity to a target, over tau
 #
 #          candidates in the logsumexp           target
 #   SC     all rows but the anchor               mean of the positives, the augmentation among them
@@ -495,7 +497,8 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     """Patch-based self-distillation [D, L_pbsd]. A scalar, float32 (float64 stays).
 
     c: [N,L,D] or [N*L,D] teacher, patches pooled from the feature map; no gradient flows into it.  All are of length 1.
-    s: as c, the student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue.
+    s: as c, the student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue
+    (in [D] the other anchors are among them).
     valid: [R+K] bool, False for an empty slot, True for one at least; None: all are candidates.
 
         L_pbsd = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
@@ -633,7 +636,9 @@ class Trainer:
         self.aug = c.aug if c.aug != "auto" else "resized" if files else "crop"
         self.stored = list(pixels.shape[2:])            # [h,w] of the images, to which load()'s network resizes others
         self.size = [c.size] * 2 if self.aug == "resized" and files else self.stored            # [h,w] of the views
-        std, mean = torch.std_mean(pixels.cpu().float() / 255, (0, 2, 3))                       # [3], [3]
+        # a channel at a time: as floats, pixels take four times the memory
+        channels = [torch.stack(torch.std_mean(channel.float().div_(255))) for channel in pixels.cpu().unbind(1)]
+        std, mean = torch.stack(channels, 1)                                                    # [3], [3]
         return mean, std.clamp(min=1 / 255)
 
     def build(self, mean, std):
@@ -683,9 +688,9 @@ class Trainer:
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
     def batches(self, N, steps):
-        """The rows of an epoch's batches [steps,n]. n is N where both branches take the same instance-balanced batch, or
-        one branch alone is trained; 2N where N class-balanced rows for the classifier follow N instance-balanced ones.
-        Each of several processes gets its part of both: n is divided by their number then."""
+        """The rows of an epoch's batches [steps,n], each of N images. n is N where both branches take the same
+        instance-balanced batch, or one branch alone is trained; 2N where N class-balanced rows for the classifier follow
+        N instance-balanced ones. Each of several processes gets its part of both: n is divided by their number then."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
@@ -720,15 +725,14 @@ class Trainer:
             rng.manual_seed(int(state))
 
     def contrast_loss(self, q, k, y, prototypes, queue):
-        """Of one expert's embeddings of two views, [R,D] each, its prototypes [C,D] and queue [K,D]. Both views are anchors
-        in turn; the keys of a momentum encoder never are [D]."""
-        c, z, yy = self.config, torch.cat([q, k]), torch.cat([y, y])    # [2R,D], [2R]
-        if c.method == "sc":
-            return sc_loss(z, yy, c.tau)
-        if c.method == "psc":
-            return psc_loss(z, yy, prototypes, c.tau)
-        loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
-        return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
+        """One expert's loss, from its embeddings of two views [R,D], prototypes [C,D] and queue [K,D]. Both views are
+        anchors in turn; the keys of DSCL's momentum encoder never are [D]."""
+        c = self.config
+        if c.method == "dscl":
+            loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
+            return loss if c.ema else (loss + dscl_loss(k, q, y, queue, self.queue_y, c.alpha, c.tau)) / 2
+        z, yy = torch.cat([q, k]), torch.cat([y, y])    # [2R,D], [2R]
+        return sc_loss(z, yy, c.tau) if c.method == "sc" else psc_loss(z, yy, prototypes, c.tau)
 
     def patch_loss(self, view, maps, keys):
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
@@ -742,9 +746,9 @@ class Trainer:
         for m in batchnorms(self.net):
             m.track_running_stats = False
         students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
-        # cut() takes cell i for the tile that begins with pixel i * stride, but padded convolutions centre the cell on that
-        # pixel, (stride - 1) / 2 before the tile's middle: hence the shift, so that both see the same pixels
-        # (aligned=False, as [D]'s code has it, lies half a pixel beside it)
+        # padded convolutions centre cell i on pixel i * stride; cut() takes it for the tile that begins there, whose middle
+        # is (stride - 1) / 2 further on. The boxes move by that, so that teachers and students see the same pixels
+        # ([D]'s code, aligned=False and no move, is half a pixel beside it)
         stride = 4 if c.net in CIFAR_NETS else 32
         with torch.no_grad():
             teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
@@ -773,11 +777,11 @@ class Trainer:
         return parts, (k.detach(), y)
 
     def losses(self, x, y, x_ce, y_ce):
-        """The loss of a step with its parts, and the keys with their labels. x [N,3,H,W] uint8 and y [N]:
-        the instance-balanced batch; x_ce and y_ce: the classifier's. One forward pass for all views, so that BatchNorm
-        has the same mixture of them in training as, by its running statistics, in evaluation: (2+V)N rows, the queries, the
-        keys, the classifier's V views. A momentum encoder sees the keys instead; the first of two stages lacks the
-        classifier's views, the second, and ce, have them alone."""
+        """The loss of a step with its parts, and the keys with their labels. x uint8 [N,3,H,W] and y [N]: this
+        process's part of the instance-balanced batch; x_ce and y_ce: the classifier's. All views go through the network
+        at once, N queries, N keys and VN for the classifier: so BatchNorm's running statistics, which the evaluation takes,
+        are of the mixture that it was trained on. With a momentum encoder the keys go through that; the first of two
+        stages has no views for the classifier, the second, and ce, have no others."""
         c, N, V, weight = self.config, len(y), self.config.classifier_views, self.weight
         query, key, plain, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
@@ -792,7 +796,7 @@ class Trainer:
         if self.classifies:
             logits = self.net.logits([m[-V * N:] for m in maps])        # [E,VN,C]
             if c.classifier == "logit-adjusted":
-                # [Menon et al. 2021, logit adjustment]: log n_c, the prior, times their tau: the network needn't learn it
+                # [Menon et al. 2021, logit adjustment]: their tau times log n_c, the log prior but for a constant
                 logits = logits + c.adjust * self.class_size.log()      # [E,VN,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts * V))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
@@ -804,13 +808,15 @@ class Trainer:
         self.queue_y = torch.cat([self.queue_y, y])[len(y):]                                    # [K]
 
     def follow(self, slow, decay):
-        """Parameters and buffers of a slow copy, momentum encoder [D] or averaged weights, step towards the network's."""
-        get_ema_multi_avg_fn(decay)(*([*net.parameters(), *net.buffers()] for net in (slow, self.net)), None)
+        """slow = decay * slow + (1-decay) * net, for parameters and buffers: momentum encoder [D] or averaged weights."""
+        theirs, ours = ([*net.parameters(), *net.buffers()] for net in (slow, self.net))
+        get_ema_multi_avg_fn(decay)(theirs, ours, None)
 
     def step(self, x, y, N, optimizer):
-        """One step of SGD on a batch from batches(); returns the loss and its parts. It never waits
-        for the device, except for fp16's loss scale and with --batchnorm sync."""
-        # either N rows for both branches or N for each: the contrastive ones come first, the classifier's last
+        """One step of SGD on a batch from batches(), this process's N rows for both branches or N for each: x uint8
+        [N,3,H,W] or [2N,3,H,W], y [N] or [2N]. Returns the loss and its parts. It never waits for the device, except
+        for fp16's loss scale and with --batchnorm sync."""
+        # the contrastive rows come first, the classifier's last
         parts, keys = (self.parallel or self.losses)(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
         self.scaler.scale(parts["loss"]).backward()
@@ -874,9 +880,10 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self):
         """Accuracy of the classifier branch on the whole test set (less files that can't be read), see accuracy()."""
-        training = self.net.training                    # in the middle of an epoch
+        training = self.net.training                    # it may be the middle of an epoch
         net = self.averaged or self.net.eval()
-        plan = torch.arange(len(self.y_test), device=self.device).split(500)[self.rank::self.ranks]
+        N = max(1, min(500, 2 ** 21 // math.prod(self.size)))       # large images take more memory
+        plan = torch.arange(len(self.y_test), device=self.device).split(N)[self.rank::self.ranks]
         predicted = torch.full((len(self.y_test),), -1, device=self.device)     # [M] -1: another process's, or can't be read
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
             classes = net(TF.center_crop(x, self.size).float() / 255).argmax(1)                 # [n]
@@ -936,8 +943,8 @@ def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
     y_train, x_test, y_test and, if you like, class_names; images uint8 [N,H,W,3] or grey [N,H,W].
     folder: image files root/train/<class>/* and root/val/<class>/* (or test), or those of two list
     files with lines "path label", paths below root; imagenet_lt and inat18 come as such lists.
-    They are read in training, small ones of one size (64 pixels at most) here. With a holdout, of which hold_out()
-    will make the test set, the test images may be missing: those to train on take their place.
+    Files are read in training, but small ones of one size (64 pixels at most) here. With a holdout the test images may
+    be missing: hold_out() will make a test set of those to train on, which stand in for it until then.
     """
     if name == "shapes":
         return draw_shapes()
@@ -946,7 +953,8 @@ def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
     if name.endswith(".npz"):
         return read_npz(Path(name), holdout)
     require(name in ("cifar10", "cifar100"), f"unknown data set {name!r}: choose shapes, "
-            f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file")
+            f"cifar10, cifar100, {', '.join(FILE_SETS)} or the path of an .npz file; a folder of images is "
+            "--dataset folder --data DIR")
     path = Path(root) / f"{name}.npz"
     require(not Path(root).is_file(), f"--data {root} is a file: name the folder that holds {path.name}, or will")
     if not path.exists():
@@ -962,7 +970,7 @@ def check_labels(where, y_train, y_test, names=None):
         require(y.max() < C, f"{where}: {part} label {y.max()}, but the training labels end at {C - 1}: "
                 "number the classes 0..C-1")
         gap = min({*range(len(y) + 1)} - {*y.tolist()})         # the first number that is no label
-        require(gap == C, f"{where}: class {gap} has no {part} image: number the classes 0..C-1 without gaps")
+        require(gap == C, f"{where}: class {gap} has no {part} image: add one, or number the classes 0..C-1 without gaps")
     require(C > 1, f"{where}: there is one class alone: at least two are needed")
     names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name)
              for name in (range(C) if names is None else names)]
@@ -1032,7 +1040,7 @@ class ImageFiles(torch.utils.data.Dataset):
         for row in (j % len(self) for j in range(i, i + len(self))):
             with contextlib.suppress(Exception):        # whatever PIL raises for a missing, broken or monstrous file
                 return read_picture(self.paths[row], self.size), row
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1
+        return torch.zeros(3, *(self.size or (1, 1)), dtype=torch.uint8), -1    # of one size with the rest of its batch
 
     def report(self, asked, rows):
         """Name files that were asked for and not read, each once. Raises InputError for all, or several and over 1 %."""

@@ -1195,6 +1195,15 @@ def test_an_evaluation_within_an_epoch_changes_nothing():
     assert torch.equal(weights(plain), weights(curious))
 
 
+def test_an_evaluation_takes_fewer_large_images_at_once(monkeypatch):
+    trainer, plans = tiny_trainer(method="ce"), []
+    monkeypatch.setattr(trainer, "images", lambda x, plan: plans.append(plan) or iter(()))
+    for side in (32, 224, 2000):
+        trainer.size, trainer.y_test = [side, side], torch.zeros(1100, dtype=torch.int64)
+        trainer.evaluate()
+    assert [len(plan[0]) for plan in plans] == [500, 41, 1]
+
+
 def test_a_trainer_goes_with_its_name():
     gc.disable()
     try:
@@ -1358,6 +1367,23 @@ def test_images_that_are_all_missing_are_noticed_at_the_first(monkeypatch):
     assert len(looked) == 50                            # and not 50 for each of 50
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_goes_away_within_a_batch(workers, tmp_path):
+    write_tree(tmp_path / "data", n=(4, 4), modes=("RGB",))
+    files = ltcl.ImageFiles(sorted(map(str, (tmp_path / "data" / "val").rglob("*.png"))), [32, 32])
+
+    class Loader(ltcl.ImageFiles):                      # item 2 is asked for when all are away
+        def __getitem__(self, i):
+            if i == 2:
+                self.paths = ["nowhere.png"] * len(self.paths)
+            return super().__getitem__(i)
+
+    trainer = tiny_trainer(method="ce")
+    trainer.config.workers = workers
+    with pytest.raises(ltcl.InputError, match="none of 4 image files can be read"):
+        next(trainer.images(Loader(files.paths, files.size), [torch.arange(4)]))
+
+
 def test_images_that_all_cannot_be_read_end_the_run(tmp_path):
     write_tree(tmp_path / "data", n=(4, 4), modes=("RGB",))
     for bad in (tmp_path / "data" / "val").rglob("*.png"):
@@ -1458,6 +1484,9 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     assert "135 training images in 2 classes of 90 to 45, 15 test images" in capsys.readouterr().out
     assert train.main([*argv[:-1], "nowhere.txt", "--method", "ce", "--holdout", "0.1", "--out", str(tmp_path / "run5")]) == 0
     assert log_of(tmp_path / "run5")[-1]["top1"] == log_of(tmp_path / "run4")[-1]["top1"]       # the second list plays no part
+    refused(capsys, tmp_path, ["--eval", tmp_path / "run4", "--test-list", tmp_path / "val.txt"],      # nor could it there
+            "--test-list has no meaning with --eval of a run with --holdout")
+    assert train.main(["--eval", str(tmp_path / "run4")]) == 0 and "held-out 0.1 as test set" in capsys.readouterr().out
     refused(capsys, tmp_path, [*FOLDER, "--dataset", "imagenet_lt", "--data", root], "ImageNet_LT_train.txt", "--train-list")
 
 
@@ -2327,7 +2356,8 @@ def refused(capsys, folder, argv, *words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "cifar11"], ["cifar11", "shapes"]),
+    (["--dataset", "cifar11"], ["cifar11", "shapes", "--dataset folder --data DIR"]),
+    (["--data", "."], ["--data has no meaning with --dataset shapes (for image files take --dataset folder)"]),
     (["--dataset", "nowhere.npz"], ["nowhere.npz", "does not exist"]),
     (["--method", "simclr"], ["simclr", "dscl"]),
     (["--net", "vgg"], ["vgg", "resnet32"]),

@@ -156,6 +156,7 @@ class Config:
         """Refuse the names of settings that have no meaning beside the others. two_stage: the curriculum is, or the one
         that it replaces."""
         method, patches = f"--method {self.method}", {"patches", "patch_size", "box_scale"}
+        without_files = f"--dataset {self.dataset} (for image files take --dataset folder)"
         for idle, names, action in (
                 (self.method == "ce", {"tau", "pbsd", "hidden", "dim"} | patches, method),
                 (self.method == "ce" and not two_stage, {"curriculum"}, method),
@@ -164,8 +165,8 @@ class Config:
                 (self.classifier != "logit-adjusted", {"adjust"}, f"--classifier {self.classifier}"),
                 (self.curriculum != "two-stage", {"stage2_epochs", "stage2_batch", "stage2_lr"},
                  f"--curriculum {self.curriculum}"),
-                (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, f"--dataset {self.dataset}"),
-                (self.dataset == "shapes" or self.dataset.endswith(".npz"), {"data"}, f"--dataset {self.dataset}"),
+                (self.dataset not in ltcl.FILE_SETS, {"size", "workers"}, without_files),
+                (self.dataset == "shapes" or self.dataset.endswith(".npz"), {"data"}, without_files),
                 (RANKS == 1, {"timeout"}, "one process")):
             if idle:
                 refuse(changed & names, action)
@@ -438,7 +439,8 @@ class Run:
         if RANK == 0:                                   # after last.pt: a folder with it alone would be refused
             ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
-              f"{len(t.y_test)} test images; on {t.device}; into {config.out}", flush=True)
+              f"{len(t.y_test)} test images; views of {t.size[0]} x {t.size[1]} pixels; on {t.device}; into {config.out}",
+              flush=True)
         if config.imb > 1 and (t.counts.diff() > 0).any():
             say("warning: --imb thins the classes from the first, as the head, to the last, but some have too few images for "
                 "their place: --imb 1 takes all images as they are")
@@ -531,7 +533,8 @@ def print_table(title, accuracy, counts):
 def run_title(trainer):
     """With the imbalance that the training images have, thinned or not."""
     c, n = trainer.config, trainer.counts
-    return f"{c.method} on {data_name(c)}, imbalance {n.max() / n.min():.4g}, {c.net}, seed {c.seed}"
+    held_out = f", held-out {c.holdout:g} as test set" if c.holdout else ""
+    return f"{c.method} on {data_name(c)}, imbalance {n.max() / n.min():.4g}, {c.net}, seed {c.seed}{held_out}"
 
 
 def print_result(trainer, seconds):
@@ -552,6 +555,7 @@ def warn_untrained(state):
 def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
     state, config = saved(run)
+    refuse({"test_list"} & given.keys() if config.holdout else (), "--eval of a run with --holdout")
     trainer = make_trainer(replace(config, batchnorm="local", compile="off", **given), state)   # neither matters here
     accuracy = trainer.evaluate()
     warn_untrained(state)
