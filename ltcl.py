@@ -688,9 +688,9 @@ class Trainer:
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
     def batches(self, N, steps):
-        """The rows of an epoch's batches [steps,n], each of N images. n is N where both branches take the same
-        instance-balanced batch, or one branch alone is trained; 2N where N class-balanced rows for the classifier follow
-        N instance-balanced ones. Each of several processes gets its part of both: n is divided by their number then."""
+        """The rows of an epoch's batches [steps,n], N for each branch. n is N where both take the same instance-balanced
+        batch, or one branch alone is trained; 2N where N class-balanced rows for the classifier follow N instance-balanced
+        ones. Each of several processes gets its part of both: n is divided by their number then."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)

@@ -1703,6 +1703,7 @@ def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
     run.send_signal(signal.SIGINT)
     while "once more ends at once" not in (line := run.stderr.readline()):
         assert line, "it ended at the first"
+    assert run.poll() is None
     run.send_signal(signal.SIGINT)
     assert run.wait(20) == -signal.SIGINT
 
