@@ -360,7 +360,7 @@ class Hybrid(nn.Module):
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
         self.amp = amp
-        self.class_names = self.counts = self.stored = self.size = None         # see load()
+        self.class_names = self.counts = self.stored = self.size = None         # set by Trainer and load()
         for m in batchnorms(self):
             m.num_batches_tracked = None                # counting costs a kernel launch a layer, nothing reads it
 
@@ -384,7 +384,7 @@ class Hybrid(nn.Module):
         return self.logits(self.maps(x)).mean(0)        # [B,C]
 
     def preprocess(self, picture):
-        """A picture, a path or a PIL image, as this network takes it: float [3,H,W] in 0..1; see load()."""
+        """A picture, a path or a PIL image, as this network takes it: float [3,H,W] in 0..1."""
         return TF.center_crop(read_picture(picture, self.stored), self.size) / 255
 
 
@@ -653,6 +653,7 @@ class Trainer:
             for m in batchnorms(net):                   # it insists on a counter: on the host, outside the state
                 del m.num_batches_tracked
                 m.num_batches_tracked = torch.zeros(())
+        net.class_names, net.counts, net.stored, net.size = self.class_names, self.counts.tolist(), self.stored, self.size
         self.net = net.to(self.device, memory_format=layout(self.device))
         self.key_encoder = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None     # the momentum encoder
         self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None

@@ -1777,7 +1777,8 @@ def test_a_longer_run_where_the_schedule_allows_it(tiny, tmp_path, capsys):
         assert train.main([*argv, "--epochs", "10", "--out", str(tmp_path / "run")]) == 130     # in epoch 5, before the first drop
     capsys.readouterr()
     assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "20"]) == 0
-    assert "note: --epochs goes from 10 to 20" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "note: --epochs goes from 10 to 20" in shown.err and "; 4 of 20 epochs are done\n" in shown.out
     assert same_run(tmp_path / "run", tmp_path / "whole")
     refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--epochs", "40"], "--epochs 40", "start a new run")
     for curriculum in ("constant", "parabolic"):        # whose contrast weight depends on --epochs
@@ -2123,6 +2124,9 @@ def test_load(a_run, tmp_path):
     with torch.inference_mode():
         right = (net(data.x_test / 255).argmax(1) == data.y_test).double().mean()
     assert 100 * right == pytest.approx(log_of(a_run)[-1]["top1"])
+    trained = ltcl.Trainer(train.saved(a_run)[1], data).net             # in Python, before it is saved
+    assert torch.equal(trained.preprocess(path), x)
+    assert (trained.class_names, trained.counts) == (net.class_names, net.counts)
 
 
 def test_a_folders_run_evaluates_and_predicts(tmp_path, capfd, monkeypatch):

@@ -439,8 +439,8 @@ class Run:
         if RANK == 0:                                   # after last.pt: a folder with it alone would be refused
             ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
-              f"{len(t.y_test)} test images; views of {t.size[0]} x {t.size[1]} pixels; on {t.device}; into {config.out}",
-              flush=True)
+              f"{len(t.y_test)} test images; views of {t.size[0]} x {t.size[1]} pixels; on {t.device}; into {config.out}"
+              + (f"; {t.epoch} of {t.epochs} epochs are done" if state else ""), flush=True)
         if config.imb > 1 and (t.counts.diff() > 0).any():
             say("warning: --imb thins the classes from the first, as the head, to the last, but some have too few images for "
                 "their place: --imb 1 takes all images as they are")
