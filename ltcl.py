@@ -16,9 +16,10 @@ of the method, such as reading files and drawing the built-in data, is the appen
 Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1, q the anchors', k their augmentations'.
 y: labels.  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
 B: rows (images, or all their views, stacked).  C: classes.  D: embedding dimensions.  K: rows in memory, the queue.
-L: patches an image.  E: experts.  P_i: the positives of anchor i, its augmentation one of them in SC but not in DSCL;
-P in code: their number.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the curriculum's coefficient, is called
-the contrast weight here).  size: [h,w] of a view or patch, or one number for both.  rng: a torch.Generator.
+L: patches an image.  V: the classifier's views an image.  E: experts.  P_i: the positives of anchor i, its augmentation
+one of them in SC but not in DSCL; P in code: their number.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the
+curriculum's coefficient, is called the contrast weight here).  size: [h,w] of a view or patch, or one number for both.
+rng: a torch.Generator.
 """
 
 import contextlib
@@ -52,6 +53,11 @@ class InputError(ValueError):
 def require(condition, message):
     if not condition:
         raise InputError(message)
+
+
+def first_line(error):
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------
@@ -614,7 +620,7 @@ class Trainer:
                     "the data have a wrong type or shape: labels are int64 [N], images uint8 [N,3,H,W] of one size")
         self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C
         data = hold_out(data, c.holdout) if c.holdout else data     # now that each image has a label
-        kept = torch.from_numpy(long_tail_indices(data.y_train, c.imb))                         # [N]
+        kept = long_tail_indices(data.y_train, c.imb)                                           # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         x, y = take(data.x_train, kept), data.y_train[kept]
@@ -671,10 +677,10 @@ class Trainer:
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
         if self.ranks > 1:
-            hybrid = nn.Module()
-            hybrid.net, hybrid.forward = self.net, self.losses
+            branches = nn.Module()
+            branches.net, branches.forward = self.net, self.losses
             self.parallel = nn.parallel.DistributedDataParallel(    # either of two stages leaves weights without a gradient
-                hybrid, find_unused_parameters=c.curriculum == "two-stage")
+                branches, find_unused_parameters=c.curriculum == "two-stage")
             self.parallel.broadcast_buffers = False     # agree() does, once an epoch
 
     @property
@@ -790,10 +796,10 @@ class Trainer:
         classified = [plain(x_ce.repeat(V, 1, 1, 1), self.rng, self.size)] if self.classifies else []       # [VN,3,H,W]
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
             maps = self.net.maps(torch.cat(seen + classified))          # [up to (2+V)N,width,h,w] of each expert
-        parts, keys = {}, None
+        parts, keys, loss = {}, None, 0
         if weight:
             parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y)
-        loss = weight * (parts.get("loss_contrast", 0) + c.pbsd * parts.get("loss_pbsd", 0))
+            loss = weight * (parts["loss_contrast"] + c.pbsd * parts.get("loss_pbsd", 0))
         if self.classifies:
             logits = self.net.logits([m[-V * N:] for m in maps])        # [E,VN,C]
             if c.classifier == "logit-adjusted":
@@ -887,7 +893,7 @@ class Trainer:
         plan = torch.arange(len(self.y_test), device=self.device).split(N)[self.rank::self.ranks]
         predicted = torch.full((len(self.y_test),), -1, device=self.device)     # [M] -1: another process's, or can't be read
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            classes = net(TF.center_crop(x, self.size).float() / 255).argmax(1)                 # [n]
+            classes = net(TF.center_crop(x, self.size) / 255).argmax(1)                 # [n]
             predicted[asked] = torch.where(rows == asked, classes, -1)
         if self.ranks > 1:
             dist.all_reduce(predicted, dist.ReduceOp.MAX)
@@ -926,7 +932,7 @@ class Trainer:
             self.epoch, self.evaluated = state["epoch"], state["evaluated"]
             self.history = [parts.to(self.device) for parts in state["history"]]
         except Exception as error:  # another version's
-            raise InputError(f"the checkpoint doesn't fit these settings ({str(error).splitlines()[0]})") from None
+            raise InputError(f"the checkpoint doesn't fit these settings ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------
@@ -986,8 +992,7 @@ def read_npz(path, holdout=0):
         with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
             arrays = {key: np.asarray(file[key]) for key in file.files}     # what is no array comes as bytes
     except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read as plain arrays ({reason}): write it anew with numpy.savez, "
+        raise InputError(f"{path} cannot be read as plain arrays ({first_line(error)}): write it anew with numpy.savez, "
                          "class_names as strings") from None
     parts = "train", "train" if holdout and not {"x_test", "y_test"} & set(arrays) else "test"
     missing = {f"{kind}_{part}" for kind in "xy" for part in parts} - set(arrays)
@@ -1015,9 +1020,9 @@ def read_picture(file, size=None):
     with contextlib.suppress(Exception):                # a damaged EXIF tag is no damaged picture
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":                         # perhaps 16 bits of grey, or floats in 0..1: PIL would cut them off
-        picture = picture.convert("F" if picture.mode == "F" else "I")
+        deep, picture = picture.mode.startswith("I;16"), picture.convert("F" if picture.mode == "F" else "I")
         high = picture.getextrema()[1]
-        scale = 1 / 256 if high > 255 else 255 if picture.mode == "F" and high <= 1 else 1
+        scale = 1 / 256 if deep or high > 255 else 255 if picture.mode == "F" and high <= 1 else 1
         picture = picture.point(lambda v: v * scale).convert("L")
     if "A" in picture.mode or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
@@ -1091,18 +1096,17 @@ def load_files(root, train_list, test_list, holdout):
     if train_list or test_list:
         lists = train_list, train_list if holdout else test_list    # hold_out() will make the test set
         rows, names = [read_list(Path(name), root) for name in lists], None
-        require(not holdout or len({path for path, _ in rows[0]}) == len(rows[0]),
+        require(not holdout or len(dict(rows[0])) == len(rows[0]),
                 f"{train_list} names an image twice: --holdout could train on it and test on it: name each once")
     else:
-        there = [root / "train"] if holdout else [root / name for name in ("val", "test") if (root / name).is_dir()]
-        held_out = (there or [root / "val"])[0]
+        held_out = root / ("train" if holdout else next((name for name in ("val", "test") if (root / name).is_dir()), "val"))
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
                     "and val/<class>/* (or test); --holdout 0.2 makes a test set of the training images")
         try:
             train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
         except FileNotFoundError as error:              # an empty class folder
-            raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
+            raise InputError(f"{root}: {first_line(error)}") from None
         alone = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
         require(alone == [[], []], f"{root}: train and {held_out.name} need the same class folders, but train alone has "
                 f"{alone[0][:3]}, {held_out.name} alone {alone[1][:3]}")
@@ -1226,7 +1230,7 @@ def pick_device(name):
         probe.cpu()                                     # tensors of the meta device have no values
         return probe.device
     except Exception as error:  # torch raises all kinds
-        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]:.100}): try --device cpu") from None
+        raise InputError(f"--device {name} does not work here ({first_line(error):.100}): try --device cpu") from None
 
 
 def layout(device):
@@ -1309,5 +1313,5 @@ def load(run, device="auto"):
         net.load_state_dict(state["averaged"] or state["net"])
         net.class_names, net.counts, net.stored, net.size = (state[key] for key in ("class_names", "counts", "stored", "size"))
     except Exception as error:  # another version's
-        raise InputError(f"{run}: its weights don't fit this program ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{run}: its weights don't fit this program ({first_line(error)})") from None
     return net.to(pick_device(device)).eval()

@@ -1197,6 +1197,7 @@ def test_trainers_of_one_state_share_nothing():
     assert torch.equal(weights(first), weights(alone)) and torch.equal(weights(second), weights(alone))
     with pytest.raises(ltcl.InputError, match="doesn't fit"):
         tiny_trainer(method="dscl", pbsd=0, epochs=3).load_state_dict(first.state_dict())       # has no queue
+    assert ltcl.first_line(ValueError("a\nb")) == "a" and ltcl.first_line(MemoryError()) == "MemoryError"     # which is mute
 
 
 def test_an_evaluation_within_an_epoch_changes_nothing():
@@ -1776,6 +1777,7 @@ def test_a_longer_run_where_the_schedule_allows_it(tiny, tmp_path, capsys):
         interrupt(patch, {8})
         assert train.main([*argv, "--epochs", "10", "--out", str(tmp_path / "run")]) == 130     # in epoch 5, before the first drop
     capsys.readouterr()
+    refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--epochs", "20", "--momentum", "0.8"], "--momentum is 0.8")
     assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "20"]) == 0
     shown = capsys.readouterr()
     assert "note: --epochs goes from 10 to 20" in shown.err and "; 4 of 20 epochs are done\n" in shown.out
@@ -2104,6 +2106,8 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert (ltcl.read_picture(tmp_path / "palette.png") == 255).all()
     Image.fromarray((pixels[..., 0].astype(np.uint16) * 128)).save(tmp_path / "deep.png")
     assert ltcl.read_picture(tmp_path / "deep.png").unique().tolist() == [0, 127]
+    Image.fromarray((pixels[..., 0].astype(np.uint16))).save(tmp_path / "dark.png")     # 255 of 65,535
+    assert ltcl.read_picture(tmp_path / "dark.png").max() == 0
     Image.frombytes("I;16B", (6, 4), (pixels[..., 0].astype(np.uint16) * 128).astype(">u2").tobytes()).save(tmp_path / "big.tiff")
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255

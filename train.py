@@ -260,6 +260,7 @@ def course(c, epochs):
 
 def refuse_another_run(old, new, given, began, out):
     """Refuse what is given anew where the run in out, of which so many epochs have begun, would be another one."""
+    notes = []
     for name in given:
         a, b = getattr(old, name), getattr(new, name)
         moved = name == "dataset" and a.endswith(".npz") and b.endswith(".npz")         # the fingerprint knows the images
@@ -271,7 +272,9 @@ def refuse_another_run(old, new, given, began, out):
         else:
             ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: take that to go on, "
                          "or start a new run in another folder with --out")
-        say(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
+        notes.append(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
+    for note in notes:                                  # now that nothing is refused
+        say(note)
 
 
 def opened(given, go_on):
@@ -746,7 +749,7 @@ def connect(config):
     backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
     ltcl.require(config.device in ("auto", "cpu", "cuda"), f"--device {config.device}: with torchrun each process takes its own "
                  "GPU with --device cuda")
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+    if config.device != "cpu" and torch.cuda.is_available():
         ltcl.require(local < torch.cuda.device_count(), f"process {local} has no GPU of its own, there are "
                      f"{torch.cuda.device_count()}: lower --nproc_per_node, or take --device cpu")
         torch.cuda.set_device(local)
@@ -786,6 +789,7 @@ def train_all(do, given):
             seconds = sum(record["seconds"] for record in run.log)
             print_result(run.trainer, seconds)
             row = result_row(run.trainer, seconds)
+            del run                                     # the next one takes its memory
             if do.results and RANK == 0:
                 add_results(do.results, [row])
         rows.append(row)
@@ -836,7 +840,7 @@ def main(argv=None):
                                   "start all again" + (": repeat the command" if do.seeds else
                                                        ", with --resume --out and the run's folder"))
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
-            message = f"error: --compile on does not work here ({text.splitlines()[0]}): leave it out"
+            message = f"error: --compile on does not work here ({ltcl.first_line(error)}): leave it out"
         elif (isinstance(error, MemoryError) or "allocate" in text or "out of memory" in text
               or "calculation overflowed" in text):     # torch's words
             message = "error: too little memory: take a smaller --batch-size, --size or --queue, or --device cpu"
