@@ -1545,6 +1545,8 @@ def test_presets_are_the_papers_settings():
     assert (record.aug, record.classifier, record.curriculum, record.batch_size, record.schedule, record.lr, record.weight_decay) == (
         "strong", "logit-adjusted", "constant", 256, "cosine", 0.3, 2.5e-4)
     assert record.tau == 0.1 and train.settings_text(record) == "--recipe record"
+    assert record.adjust == 1.5 and train.Config.of(dataset="cifar100", recipe="record").adjust == 1
+    assert train.settings_text(train.Config.of(dataset="cifar10", recipe="record", pbsd=0, adjust=1)) == "--pbsd 0 --adjust 1 --recipe record"
     on_val = train.Config.of(dataset="imagenet_lt", test_list="ImageNet_LT_val.txt")        # its row is another's
     assert train.settings_text(on_val) == "--test-list ImageNet_LT_val.txt"
     assert train.settings_text(train.Config.of(dataset="imagenet_lt", data="elsewhere")) == ""
