@@ -893,7 +893,7 @@ class Trainer:
         plan = torch.arange(len(self.y_test), device=self.device).split(N)[self.rank::self.ranks]
         predicted = torch.full((len(self.y_test),), -1, device=self.device)     # [M] -1: another process's, or can't be read
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
-            classes = net(TF.center_crop(x, self.size) / 255).argmax(1)                 # [n]
+            classes = net(TF.center_crop(x, self.size) / 255).argmax(1)                         # [n]
             predicted[asked] = torch.where(rows == asked, classes, -1)
         if self.ranks > 1:
             dist.all_reduce(predicted, dist.ReduceOp.MAX)
@@ -1020,7 +1020,8 @@ def read_picture(file, size=None):
     with contextlib.suppress(Exception):                # a damaged EXIF tag is no damaged picture
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":                         # perhaps 16 bits of grey, or floats in 0..1: PIL would cut them off
-        deep, picture = picture.mode.startswith("I;16"), picture.convert("F" if picture.mode == "F" else "I")
+        deep = picture.mode.startswith("I;16")
+        picture = picture.convert("F" if picture.mode == "F" else "I")
         high = picture.getextrema()[1]
         scale = 1 / 256 if deep or high > 255 else 255 if picture.mode == "F" and high <= 1 else 1
         picture = picture.point(lambda v: v * scale).convert("L")
