@@ -234,6 +234,8 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     tenth of the image (23 pixels of 224), so that images below 20 pixels stay as they are."""
     B, _, H, W = x.shape
     radius = min(H, W) // 20
+    if radius == 0:
+        return x
     u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)                     # [B,1] each
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [taps]
     sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
