@@ -472,6 +472,9 @@ def test_colours():
     assert 0.75 < (ltcl.random_jitter(flat, rng, grey=0) != flat).flatten(1).any(1).float().mean() < 0.85
     assert inspect.signature(ltcl.random_jitter).parameters["jitter"].default == (0.4, 0.4, 0.4, 0.1)
     flat[:, 0] = 0.7
+    both = ltcl.random_jitter(flat, rng, (0.4, 0, 0, 0), p=0.5, grey=0.5)
+    changed = (tv.rgb_to_grayscale(both) - tv.rgb_to_grayscale(flat)).abs().amax((1, 2, 3)) > 1e-4
+    assert torch.stack([changed, both.std(1).amax((1, 2)) < 1e-5]).float().corrcoef()[0, 1].abs() < 0.1     # drawn apart
     hues = ltcl.random_jitter(flat, rng, (0, 0, 0, 0.1), p=1, grey=0)
     cosine = F.cosine_similarity(hues - hues.mean(1, keepdim=True), flat - flat.mean(1, keepdim=True))
     assert 0.8089 < cosine.min() < 0.811                # a tenth of a turn either way
@@ -514,8 +517,9 @@ def test_strong_changes():
     x = torch.zeros(300, 3, 32, 32)
     hidden = (ltcl.random_cutout(x, torch.Generator().manual_seed(0)) == 0.5).all(1).sum((1, 2))
     assert hidden.max() == 256 and 64 <= hidden.min() < 120             # 16 x 16, less where it hangs over the rim
-    rows = (ltcl.random_cutout(torch.zeros(20000, 3, 8, 8), torch.Generator().manual_seed(0)) > 0).float().mean((0, 1, 3))
-    torch.testing.assert_close(rows, rows.flip(0), rtol=0, atol=0.01)   # as often at one rim as at the other
+    hidden = (ltcl.random_cutout(torch.zeros(20000, 3, 8, 8), torch.Generator().manual_seed(0)) > 0).float()
+    for lines in (hidden.mean((0, 1, 3)), hidden.mean((0, 1, 2))):
+        torch.testing.assert_close(lines, lines.flip(0), rtol=0, atol=0.01)     # as often at one rim as at the other
     boxes = ltcl.random_cutout(torch.zeros(2000, 3, 32, 32), torch.Generator().manual_seed(0))[:, 0] > 0
     centres = torch.stack([along.float() @ torch.arange(32.) / along.sum(1) for along in (boxes.any(2), boxes.any(1))])
     assert centres.corrcoef()[0, 1].abs() < 0.1         # on no diagonal
@@ -629,10 +633,11 @@ def test_views_of_large_images():
 
 
 def test_what_the_views_are_made_of(monkeypatch):
-    made, rng = [], torch.Generator().manual_seed(0)
+    made, boxes, rng = [], [], torch.Generator().manual_seed(0)
     for name in ("crop", "boxes", "flip", "grayscale", "jitter", "change", "cutout", "blur"):
         def recorded(*args, name=name, real=getattr(ltcl, "random_" + name), **how):
             made[-1] += f" {name}"
+            boxes.extend([how] * (name == "boxes"))
             return real(*args, **how)
         monkeypatch.setattr(ltcl, "random_" + name, recorded)
     for aug, expected in (("crop", [" crop flip grayscale"] * 3 + [" flip grayscale"]),
@@ -644,6 +649,7 @@ def test_what_the_views_are_made_of(monkeypatch):
             made.append("")
             view(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), rng, [32, 32])
         assert [{*m.split()} for m in made] == [{*e.split()} for e in expected], aug
+    assert boxes == 5 * [dict(scale=(0.08, 1), ratio=(3 / 4, 4 / 3))]
 
 
 # --- networks, curriculum, trainer ---------------------------------------------------------
@@ -1270,6 +1276,16 @@ def test_data_of_ones_own(monkeypatch, tmp_path):
         for holdout in (0.0, 0.1):                      # a part cut off could take the fault with it
             with pytest.raises(ltcl.InputError, match="the data"):
                 ltcl.Trainer(dataclasses.replace(config, holdout=holdout), dataclasses.replace(data, **change))
+
+
+def test_the_network_takes_pixels_from_0_to_1_and_knows_their_statistics(monkeypatch):
+    trainer, seen = tiny_trainer(), []
+    pixels = (trainer.x / 255).transpose(0, 1).flatten(1)               # [3,N*H*W]
+    torch.testing.assert_close(trainer.net.mean.flatten(), pixels.mean(1))
+    torch.testing.assert_close(trainer.net.std.flatten(), pixels.std(1))
+    monkeypatch.setattr(trainer.net, "forward", lambda x, real=trainer.net.forward: seen.append(x) or real(x))
+    trainer.evaluate()
+    torch.testing.assert_close(torch.cat(seen), trainer.x_test / 255, rtol=0, atol=0)
 
 
 def test_every_setting_changes_the_weights():
