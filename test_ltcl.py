@@ -230,8 +230,10 @@ def test_dscl_draws_the_augmentation_with_probability_alpha():
 
 def test_embedding_statistics():
     z, y = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]), torch.tensor([0, 0, 1, 2])
+    sixty = torch.tensor([[1, 0], [1, 0], [0.5, 0.75 ** 0.5], [0.5, 0.75 ** 0.5]])      # degrees apart
     for q, expected in ((z, dict(cos_positive=1 / 3, cos_negative=-0.2, spread=1)),     # 4 - 2 of 6 pairs, -2 of 10
-                        (z[:1].expand(4, 2), dict(cos_positive=1, cos_negative=1, spread=0))):
+                        (z[:1].expand(4, 2), dict(cos_positive=1, cos_negative=1, spread=0)),
+                        (sixty, dict(cos_positive=1, cos_negative=0.6, spread=0.5))):
         assert {name: v.item() for name, v in ltcl.embedding_statistics(q, q, y).items()} == pytest.approx(expected)
 
 
@@ -577,6 +579,8 @@ def test_blur_is_torchvisions():
     torch.testing.assert_close(out, torchvision.transforms.functional.gaussian_blur(x, [7, 7], [1.0, 1.0]), rtol=0, atol=1e-5)
     wide = torch.rand(1, 3, 400, 19)                    # a tenth of the longer side would be a kernel wider than the image
     assert torch.equal(ltcl.random_blur(wide, torch.Generator(), p=1), wide)
+    wide = torch.rand(1, 3, 400, 20)
+    assert not torch.equal(ltcl.random_blur(wide, torch.Generator(), p=1), wide)
     point = torch.zeros(400, 3, 64, 64)
     point[..., 32, 32] = 1
     centre = ltcl.random_blur(point, torch.Generator().manual_seed(0), p=1)[..., 32, 32]
