@@ -445,7 +445,9 @@ def test_teacher_and_student_look_at_the_same_place():
     torch.testing.assert_close(pooled, expected[:, None].expand(8, 3), rtol=0, atol=0)
     cells = F.avg_pool2d(x, 4)                                              # a feature map of stride 4
     torch.testing.assert_close(ltcl.cut(cells, boxes, 2, cells=1 / 4).mean((2, 3)), expected[:, None].expand(8, 3))
-    torch.testing.assert_close(ltcl.cut(x, torch.tensor([[[0, 0, 32, 32.0]]] * 2), 32), x)
+    whole, noise = torch.tensor([[[0, 0, 32, 32.0]]] * 2), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ltcl.cut(x, whole, 32), x)
+    torch.testing.assert_close(ltcl.cut(noise, whole, 4), F.avg_pool2d(noise, 8))       # all pixels count
 
 
 def test_colours():
@@ -654,6 +656,9 @@ def test_what_the_views_are_made_of(monkeypatch):
             view(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), rng, [32, 32])
         assert [{*m.split()} for m in made] == [{*e.split()} for e in expected], aug
     assert boxes == 5 * [dict(scale=(0.08, 1), ratio=(3 / 4, 4 / 3))]
+    white = torch.full((50, 3, 32, 32), 255, dtype=torch.uint8)
+    for view in (ltcl.crop_view, ltcl.resized_view, ltcl.strong_view):
+        torch.testing.assert_close(view(white, rng, [32, 32]).amax((1, 2, 3)).median(), torch.tensor(1.0))
 
 
 # --- networks, curriculum, trainer ---------------------------------------------------------
@@ -1188,9 +1193,11 @@ def test_a_signal_to_the_loaders_workers_too(number, tmp_path):
 
 
 def test_image_files_are_read_at_8_7_of_the_size(tmp_path):
-    trainer = ltcl.Trainer(train.Config.of(dataset="folder", size=64, workers=0, batch_size=4, net="resnet8", device="cpu"),
-                           ltcl.load_dataset("folder", write_tree(tmp_path)))
-    assert trainer.stored == trainer.x.size == trainer.x_test.size == [73, 73] and trainer.size == [64, 64]
+    data = ltcl.load_dataset("folder", write_tree(tmp_path))
+    for aug, size in (("auto", [64, 64]), ("crop", [73, 73])):         # other views than the resized keep it
+        trainer = ltcl.Trainer(train.Config.of(dataset="folder", size=64, workers=0, batch_size=4, net="resnet8", device="cpu", aug=aug), data)
+        assert trainer.stored == trainer.x.size == trainer.x_test.size == [73, 73] and trainer.size == size
+    assert tiny_trainer(aug="resized").size == [8, 8]                   # images in memory keep theirs
 
 
 def weights(trainer):
