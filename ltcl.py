@@ -148,7 +148,7 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
     side_scale: the supplement's drawing, h = s*r*H and w = s*W: s is a share of the side, r stretches the height.
     """
     s, r, u, v = torch.rand(4, B, L, generator=rng, device=rng.device)                  # [B,L] each
-    s, r = scale[0] + (scale[1] - scale[0]) * s, ratio[0] * (ratio[1] / ratio[0]) ** r
+    s, r = scale[0] + (scale[1] - scale[0]) * s, ratio[0] * (ratio[1] / ratio[0]) ** r  # the ratio evenly in its logarithm
     h, w = (s * r * H, s * W) if side_scale else ((s * H * W / r).sqrt(), (s * H * W * r).sqrt())   # [B,L]
     h, w = h.clamp(max=H), w.clamp(max=W)
     x1, y1 = u * (W - w), v * (H - h)
@@ -241,7 +241,7 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
     kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,taps] exp(-t^2/2sigma^2), of sum 1
     kernel = torch.where(chosen < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,taps]
-    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colour is a channel
+    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colours: channels of its own
     x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=3 * B), kernel[:, None, None, :], groups=3 * B)
     return x.view(B, 3, H, W)
 
@@ -254,6 +254,7 @@ def crop_view(x, rng, size=None):
 def resized_view(x, rng, size):
     """Resized crop, flip; others begin with it. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
+    # one sample a pixel is enough: it covers 8/7 of the image's at most
     return cut(random_flip(x, rng), boxes, size, samples=1).div_(255)
 
 
@@ -278,7 +279,7 @@ def patch_view(x, rng):
 
 
 def strong_view(x, rng, size=None):
-    """The records' classifier view, but for a random change in place of AutoAugment: crop, flip, it, Cutout.
+    """The records' classifier view: crop, flip, a random change (in place of AutoAugment), Cutout.
     uint8 [B,3,H,W] -> float in 0..1. size is unused: other views need it."""
     return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
 
@@ -332,7 +333,7 @@ class CosineLinear(nn.Linear):
     scale = 30
 
     def forward(self, x):
-        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))    # [B,C]
 
 
 class Expert(nn.Module):
@@ -409,7 +410,8 @@ class Hybrid(nn.Module):
 # compute in float32 also inside autocast: at tau 0.07 bfloat16 similarities put the gradient off by
 # several percent, by more the tighter a class. Rows that are no candidates get the lowest finite number for
 # a similarity: with -inf a block of empty slots alone would have a NaN gradient. Means over positives come
-# from the sums of whole classes, and the logsumexp of many rows goes in blocks: both save memory and time.
+# from the sums of whole classes, which saves memory and time, and the logsumexp of many rows goes in blocks: backward
+# keeps all of them, but its own temporaries are one block's.
 # ---------------------------------------------------------------------------------------
 
 def sc_loss(z, y, tau=0.1):
@@ -424,16 +426,16 @@ def sc_loss(z, y, tau=0.1):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        labels = y.sort().values                                                   # [B]
-        group = torch.searchsorted(labels, y)                                      # [B] its class's number: first row in labels
-        P = torch.searchsorted(labels, y, right=True) - group - 1                  # [B] |P_i|: not itself
-        total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no B x B mask
+        y_sorted = y.sort().values                                                 # [B] y.unique() would make a GPU wait
+        group = torch.searchsorted(y_sorted, y)                                    # [B] a class's number: its start in y_sorted
+        P = torch.searchsorted(y_sorted, y, right=True) - group - 1                # [B] |P_i|: not itself
+        total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no mask of pairs
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
         row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
-        # blocks of [512,B], each reduced to [512], save memory
-        s = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min).logsumexp(1) for i in row.split(512)]
-        candidates = torch.cat(s)                                                  # [B]
-        return torch.where(P > 0, candidates - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
+        # in blocks of [512,B]
+        lse = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min).logsumexp(1) for i in row.split(512)]
+        lse = torch.cat(lse)                                                       # [B] over the candidates
+        return torch.where(P > 0, lse - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
 
 
 def psc_loss(z, y, prototypes, tau=0.1):
@@ -443,7 +445,7 @@ def psc_loss(z, y, prototypes, tau=0.1):
 
         L_i = -log( exp(z_i.p_{y_i}/tau) / sum_{c != y_i} exp(z_i.p_c/tau) )
 
-    The own class is not in the denominator, so the loss can be negative. Costs O(B*C), SC O(B*B).
+    The mean over the anchors. The own class is not in the denominator, so it can be negative. Costs O(B*C), SC O(B*B).
     Raises ValueError for a single prototype: there is nothing to contrast with.
     """
     if len(prototypes) < 2:
@@ -471,8 +473,8 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
 
         L_i = logsumexp of s_im over {i+} u M_i  -  alpha s_{i,i+}  -  (1-alpha) mean of s_it over P_i
 
-    In SC the augmentation pulls 1 : |P_i| against the class, the weaker the larger the class; here alpha : 1-alpha always.
-    An anchor alone in its class gives all the weight to its augmentation.
+    The mean over the anchors. In SC the augmentation pulls 1 : |P_i| against the class, the weaker the larger the class;
+    here alpha : 1-alpha always. With an empty P_i all the weight goes to the augmentation.
     """
     if (queue is None) != (queue_y is None):
         raise ValueError("dscl_loss takes queue and queue_y together")
@@ -482,23 +484,23 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the mean of z_i.z_t over P_i is z_i . (sum over its class, less i's own two rows) / |P_i|: no N x K mask
-        labels, zero = y.sort().values, torch.zeros_like(q)                        # [N], [N,D]
-        group = torch.searchsorted(labels, y)                                      # [N] its class's number: first row in labels
+        y_sorted, zero = y.sort().values, torch.zeros_like(q)                      # [N], [N,D]
+        group = torch.searchsorted(y_sorted, y)                                    # [N] a class's number: its start in y_sorted
         # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
-        theirs = torch.searchsorted(labels, queue_y).clamp(max=len(y) - 1)         # [K]
-        known = (labels[theirs] == queue_y).to(q.dtype)                            # [K]
+        theirs = torch.searchsorted(y_sorted, queue_y).clamp(max=len(y) - 1)       # [K]
+        known = (y_sorted[theirs] == queue_y).to(q.dtype)                          # [K]
         total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
-        others = torch.searchsorted(labels, y, right=True) - group - 1             # [N] other images of the class, two rows each
+        others = torch.searchsorted(y_sorted, y, right=True) - group - 1           # [N] other images of the class, two rows each
         P = 2 * others + zero[:, 0].index_add(0, theirs, known)[group]             # [N] |P_i|
         s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
         target = torch.where(P > 0, alpha * s_augmentation + (1 - alpha) * s_class, s_augmentation)     # [N]
-        # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks to save memory
+        # the candidates: the keys, the other anchors, and the queue without its empty slots, in blocks
         empty = lowest * (queue_y == -1).to(q.dtype)                               # [K]
         blocks = [q @ k.T / tau, (q @ q.T / tau).fill_diagonal_(lowest)]           # [N,N] each
         blocks += [F.linear(q / tau, queue[i:i + 8192], empty[i:i + 8192]) for i in range(0, len(queue), 8192)]
-        candidates = torch.stack([s.logsumexp(1) for s in blocks], 1).logsumexp(1) # [N]
-        return (candidates - target).mean()
+        lse = torch.stack([s.logsumexp(1) for s in blocks], 1).logsumexp(1)        # [N] over the candidates
+        return (lse - target).mean()
 
 
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
@@ -605,7 +607,7 @@ class Trainer:
         require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
         self.epoch = 0                                  # epochs done
         self.epochs = c.epochs + two_stage * c.stage2_epochs    # of both stages
-        self.history = []                               # losses of the steps done in this epoch
+        self.history = []                               # of the steps done in this epoch: [parts] each, the loss first
         self.evaluated = {}                             # the last accuracy
         self.device = pick_device(c.device)
         self.shuffle = torch.Generator()                # of batches: on the host, so that every device has the same ones
@@ -620,7 +622,7 @@ class Trainer:
             require(len(x) == len(y) and y.dtype == torch.int64
                     and (files or x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1:] == (3, *data.x_train.shape[2:])),
                     "the data have a wrong type or shape: labels are int64 [N], images uint8 [N,3,H,W] of one size")
-        self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C
+        self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C strings
         data = hold_out(data, c.holdout) if c.holdout else data     # now that each image has a label
         kept = long_tail_indices(data.y_train, c.imb)                                           # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
@@ -631,7 +633,7 @@ class Trainer:
         self.x, self.x_test = (ImageFiles(part.paths, stored) if files else part.to(self.device) for part in (x, data.x_test))
         self.y, self.y_test = y.to(self.device), data.y_test
         self.counts = torch.bincount(y)                                                         # [C]
-        self.class_size = self.counts.to(self.device)                                           # [C] counts, on the device
+        self.log_counts = self.counts.to(self.device).log()                                     # [C] log n_c
 
     def look_at_data(self):
         """Sets the sizes of images and views and the augmentation. Returns mean and standard deviation [3] of the
@@ -679,11 +681,11 @@ class Trainer:
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
         if self.ranks > 1:
-            branches = nn.Module()
+            branches = nn.Module()                      # DistributedDataParallel takes a module whose forward is the loss
             branches.net, branches.forward = self.net, self.losses
             self.parallel = nn.parallel.DistributedDataParallel(    # either of two stages leaves weights without a gradient
                 branches, find_unused_parameters=c.curriculum == "two-stage")
-            self.parallel.broadcast_buffers = False     # agree() does, once an epoch
+            self.parallel.broadcast_buffers = False     # agree() does, once an epoch; as an argument it is deprecated
 
     @property
     def weight(self):
@@ -693,22 +695,23 @@ class Trainer:
 
     @property
     def classifies(self):
-        """Does the epoch train the classifier? Not in the first of two stages."""
+        """Does the epoch train the classifier? Not in contrast's own of two stages. (Other curricula begin at weight 1 as
+        well; there the classifier's loss is computed and counts nothing yet.)"""
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
-    def batches(self, N, steps):
-        """The rows of an epoch's batches [steps,n], N for each branch. n is N where both take the same instance-balanced
-        batch, or one branch alone is trained; 2N where N class-balanced rows for the classifier follow N instance-balanced
+    def batches(self, R, steps):
+        """The rows of an epoch's batches [steps,n], R for each branch. n is R where both take the same instance-balanced
+        batch, or one branch alone is trained; 2R where R class-balanced rows for the classifier follow R instance-balanced
         ones. Each of several processes gets its part of both: n is divided by their number then."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
-        order = torch.randperm(len(self.y), generator=self.shuffle)[:steps * N]
-        plan = [order] if self.weight or not balanced else []
+        order = torch.randperm(len(self.y), generator=self.shuffle)[:steps * R]
+        draws = [order] if self.weight or not balanced else []
         if balanced:
-            plan.append(class_balanced_rows(self.y.cpu(), self.counts, steps * N, self.shuffle))
-        parts = [rows.view(steps, N).chunk(self.ranks, 1)[self.rank] for rows in plan]          # [steps,N/ranks] each
-        return torch.cat(parts, 1).to(self.device)
+            draws.append(class_balanced_rows(self.y.cpu(), self.counts, steps * R, self.shuffle))
+        branches = [rows.view(steps, R).chunk(self.ranks, 1)[self.rank] for rows in draws]      # [steps,R/ranks] each
+        return torch.cat(branches, 1).to(self.device)                                           # [steps,n]
 
     def images(self, x, plan):
         """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
@@ -766,7 +769,7 @@ class Trainer:
         valid = F.pad(self.queue_y >= 0, (keys.shape[1], 0), value=True)                        # [R+K] keys and full slots
         losses = [pbsd_loss(t, s, torch.cat([k, queue]), c.tau, valid)
                   for t, s, k, queue in zip(teachers, students, keys.detach(), self.queue)]
-        return sum(losses) / c.experts
+        return sum(losses) / len(losses)
 
     def contrast(self, views, maps, y):
         """The feature branch: its losses with what shows whether it learns, and the keys [E,R,D] with their labels [R].
@@ -789,24 +792,24 @@ class Trainer:
         """The loss of a step with its parts, and the keys with their labels. x uint8 [N,3,H,W] and y [N]: this
         process's part of the instance-balanced batch; x_ce and y_ce: the classifier's. All views go through the network
         at once, N queries, N keys and VN for the classifier: so BatchNorm's running statistics, which the evaluation takes,
-        are of the mixture that it was trained on. With a momentum encoder the keys go through that; the first of two
-        stages has no views for the classifier, the second, and ce, have no others."""
+        are of the mixture that it was trained on. With a momentum encoder the keys go through that. Contrast's own of two
+        stages has no views for the classifier; the classifier's, and ce, have no others."""
         c, N, V, weight = self.config, len(y), self.config.classifier_views, self.weight
-        query, key, plain, _ = AUGMENTATIONS[self.aug]
+        query, key, ce_view, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
         seen = views[:1] if self.key_encoder else views        # the momentum encoder takes the keys' view
-        classified = [plain(x_ce.repeat(V, 1, 1, 1), self.rng, self.size)] if self.classifies else []       # [VN,3,H,W]
+        classified = [ce_view(x_ce.repeat(V, 1, 1, 1), self.rng, self.size)] if self.classifies else []       # [VN,3,H,W]
         with torch.set_grad_enabled(self.epoch < c.epochs):             # the second stage's backbone is frozen
             maps = self.net.maps(torch.cat(seen + classified))          # [up to (2+V)N,width,h,w] of each expert
         parts, keys, loss = {}, None, 0
         if weight:
             parts, keys = self.contrast(views, [m[:len(seen) * N] for m in maps], y)
-            loss = weight * (parts["loss_contrast"] + c.pbsd * parts.get("loss_pbsd", 0))
+            loss = weight * (parts["loss_contrast"] + c.pbsd * parts.get("loss_pbsd", 0))   # [D, L_dscl + lambda L_pbsd]
         if self.classifies:
             logits = self.net.logits([m[-V * N:] for m in maps])        # [E,VN,C]
             if c.classifier == "logit-adjusted":
                 # [Menon et al. 2021, logit adjustment]: their tau times log n_c, the log prior but for a constant
-                logits = logits + c.adjust * self.class_size.log()      # [E,VN,C]
+                logits = logits + c.adjust * self.log_counts    # [E,VN,C]
             parts["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), y_ce.repeat(c.experts * V))
             loss = loss + (1 - weight) * parts["loss_ce"]               # [H, the hybrid loss]
         return dict(loss=loss, **parts), keys
@@ -865,24 +868,24 @@ class Trainer:
         then the next call goes on there."""
         require(self.epoch < self.epochs, f"all {self.epochs} epochs are done: for more, start a run with more --epochs")
         c, weight, second = self.config, self.weight, self.epoch >= self.config.epochs
-        N = min(c.stage2_batch, len(self.y) // self.ranks * self.ranks) if second else c.batch_size
-        steps = len(self.y) // N                        # the incomplete last batch is left out
+        R = min(c.stage2_batch, len(self.y) // self.ranks * self.ranks) if second else c.batch_size
+        steps = len(self.y) // R                        # the incomplete last batch is left out
         optimizer = self.optimizers[second]
         self.net.train(not second)                      # frozen: BatchNorm as in evaluation
         self.reseed(self.epoch)
-        done, plan = len(self.history), self.batches(N, steps)
+        done, plan = len(self.history), self.batches(R, steps)
         for i, (x, rows) in enumerate(self.images(self.x, plan[done:]), done):
             lr = learning_rate(self.epoch + (i + 1) / steps, c)
             optimizer.param_groups[0]["lr"] = lr
             self.reseed(self.epoch, i + 1, self.rank)   # + 1: numpy takes (epoch, 0, 0) for (epoch,)
-            parts = self.step(x, self.y[rows], N // self.ranks, optimizer)
+            parts = self.step(x, self.y[rows], R // self.ranks, optimizer)
             self.history.append(torch.stack(list(parts.values())))
             if i + 1 < steps:
                 tick(i + 1, steps)
         if self.ranks > 1:
             self.agree()
         self.check()
-        table, self.history = torch.stack(self.history).cpu(), []               # [steps, parts]
+        table, self.history = torch.stack(self.history).cpu(), []               # [steps,parts]
         self.epoch += 1
         return dict(zip(parts, table.mean(0).tolist()), contrast_weight=weight, lr=lr)
 
