@@ -1506,6 +1506,8 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)                         # a list lies here or below --data
     data = ltcl.load_dataset("folder", root, "train.txt", "val.txt")
     assert torch.bincount(data.y_train).tolist() == [100, 50] and data.class_names == ["0", "1"]
+    (tmp_path / "spaces.txt").write_text("a folder/a picture of it.png  12\n\n")
+    assert ltcl.read_list(tmp_path / "spaces.txt", root) == [(str(root / "a folder/a picture of it.png"), 12)]
     argv = [*FOLDER, "--data", str(root), "--net", "resnet8", "--out", str(tmp_path / "run"), *lists]
     whole = (tmp_path / "train.txt").read_text()
     for line, words in (("no-label", "'no-label' is not a path"), ("a.png -1", "'a.png -1'"), ("a.png x", "'a.png x'"), ("a.png", "line 151")):
@@ -2136,13 +2138,15 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert (ltcl.read_picture(tmp_path / "palette.png") == 255).all()
     Image.fromarray((pixels[..., 0].astype(np.uint16) * 128)).save(tmp_path / "deep.png")
     assert ltcl.read_picture(tmp_path / "deep.png").unique().tolist() == [0, 127]
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "steps.png")
+    assert ltcl.read_picture(tmp_path / "steps.png")[0].tolist() == [[0, 0, 1, 255]]
     Image.fromarray((pixels[..., 0].astype(np.uint16))).save(tmp_path / "dark.png")     # 255 of 65,535
     assert ltcl.read_picture(tmp_path / "dark.png").max() == 0
     Image.frombytes("I;16B", (6, 4), (pixels[..., 0].astype(np.uint16) * 128).astype(">u2").tobytes()).save(tmp_path / "big.tiff")
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
     assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
-    for most, grey in ((255, 255), (510, 127)):         # white is 1.0, or there is none
+    for most, grey in ((255, 255), (510, 127), (2, 127), (127.5, 2)):       # white is 1.0, or there is none; white is 255
         Image.fromarray(pixels[..., 0].astype(np.float32) / most).save(tmp_path / "float.tiff")
         assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, grey]
 
