@@ -1409,6 +1409,10 @@ def test_an_unreadable_image_is_named_and_left_out(size, tmp_path, capfd, monkey
         (tmp_path / "data" / "train" / "class0" / f"{i}.png").write_bytes(b"")
     assert train.main([*argv, "--out", str(tmp_path / "run2")]) == 2
     assert "3 of 130 image files cannot be read" in capfd.readouterr().err.splitlines()[-1]
+    files = ltcl.ImageFiles([f"{i}.png" for i in range(200)])
+    files.report(torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 2, 2]))        # two of 200 are 1 %
+    with pytest.raises(ltcl.InputError, match="3 of 200 image files cannot be read"):
+        files.report(torch.tensor([3]), torch.tensor([4]))
 
 
 def test_images_that_are_all_missing_are_noticed_at_the_first(monkeypatch):
@@ -1671,6 +1675,8 @@ def test_a_full_disk(tiny, tmp_path, monkeypatch, capsys):
     assert train.main([*argv, "--out", str(out)]) == 2
     _, line = capsys.readouterr().err.splitlines()      # after the warning that so few steps are too few
     assert "last.pt could not be written (No space left on device)" in line
+    with pytest.raises(ltcl.InputError, match="last.pt could not be written"):
+        ltcl.write_whole(tmp_path / "nowhere" / "last.pt", b"")
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 2 and not list(out.glob("*.part"))
     assert train.main(["--resume", "--out", str(out)]) == 0 and same_run(out, tmp_path / "whole")
 
@@ -2146,6 +2152,8 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
     assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
+    Image.fromarray(pixels[..., 0].astype(np.int32) * 256 // 255).save(tmp_path / "wider.tiff")
+    assert ltcl.read_picture(tmp_path / "wider.tiff").unique().tolist() == [0, 1]
     for most, grey in ((255, 255), (510, 127), (2, 127), (127.5, 2)):       # white is 1.0, or there is none; white is 255
         Image.fromarray(pixels[..., 0].astype(np.float32) / most).save(tmp_path / "float.tiff")
         assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, grey]
