@@ -1373,6 +1373,8 @@ def test_small_images_of_one_size_go_into_memory(tmp_path):
     write_tree(tmp_path, size=(64, 64))
     data = ltcl.load_dataset("folder", tmp_path)
     assert data.x_train.shape == (19, 3, 64, 64) and data.x_test.shape == (8, 3, 64, 64)
+    write_tree(tmp_path / "larger", size=(65, 64))
+    assert isinstance(ltcl.load_dataset("folder", tmp_path / "larger").x_train, ltcl.ImageFiles)
     write_tree(tmp_path / "mixed", size=(32, 32))
     (tmp_path / "mixed" / "train" / "class0" / "0.png").write_bytes(
         (write_tree(tmp_path / "other", size=(30, 32)) / "train" / "class0" / "0.png").read_bytes())
@@ -1848,6 +1850,7 @@ def test_views_are_piled_from_head_to_tail(tmp_path):
     train.save_views(ltcl.Trainer(config, tiny_data(n=(10, 120, 60))), tmp_path / "views.png")
     tiles = ltcl.read_picture(tmp_path / "views.png")[0, 4:, 4:].unfold(0, 64, 68).unfold(1, 64, 68)       # [rows,classes,64,64]
     assert (tiles < 255).flatten(2).any(2).sum(0).tolist() == [8 + 3, 4 + 3, 1 + 3]         # and three views
+    assert [round(level / 30) for level in tiles[7].float().mean((1, 2)).tolist()] == [3, 5, 1]        # each of its own class
 
 
 class Code:
@@ -2150,10 +2153,9 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert ltcl.read_picture(tmp_path / "dark.png").max() == 0
     Image.frombytes("I;16B", (6, 4), (pixels[..., 0].astype(np.uint16) * 128).astype(">u2").tobytes()).save(tmp_path / "big.tiff")
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
-    Image.fromarray(pixels[..., 0].astype(np.int32)).save(tmp_path / "wide.tiff")      # 32 bits that end at 255
-    assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, 255]
-    Image.fromarray(pixels[..., 0].astype(np.int32) * 256 // 255).save(tmp_path / "wider.tiff")
-    assert ltcl.read_picture(tmp_path / "wider.tiff").unique().tolist() == [0, 1]
+    for most, grey in ((1, 1), (255, 255), (256, 1)):   # 32 bits: up to 255 as they are
+        Image.fromarray(pixels[..., 0].astype(np.int32) * most // 255).save(tmp_path / "wide.tiff")
+        assert ltcl.read_picture(tmp_path / "wide.tiff").unique().tolist() == [0, grey]
     for most, grey in ((255, 255), (510, 127), (2, 127), (127.5, 2)):       # white is 1.0, or there is none; white is 255
         Image.fromarray(pixels[..., 0].astype(np.float32) / most).save(tmp_path / "float.tiff")
         assert ltcl.read_picture(tmp_path / "float.tiff").unique().tolist() == [0, grey]
@@ -2223,10 +2225,17 @@ def test_report(a_run, tiny, tmp_path, capsys, monkeypatch):
     if importlib.util.find_spec("matplotlib"):
         from matplotlib.axes import Axes
         bar, heights, whole = Axes.bar, [], (out / "last.pt").read_bytes()
+        plot, curves = Axes.plot, []
+        monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **how: curves.append((how["label"], x, y)) or plot(axes, x, y, **how))
         monkeypatch.setattr(Axes, "bar", lambda axes, x, height, **how: heights.append(height) or bar(axes, x, height, **how))
         (out / "last.pt").write_bytes(changed(whole, counts=[6, 3, 12], evaluated=dict(by_class=[20.0, 10, 30])))
         assert train.main(["--report", str(out), str(a_run)]) == 0
         assert heights[0] == [30, 20, 10]               # from the largest class to the smallest
+        for run in (out, a_run):
+            for label, name in (("loss", "loss"), ("contrast", "loss_contrast"), ("contrast weight", "contrast_weight"), ("few", "few")):
+                log = [row for row in log_of(run) if row[name] is not None]
+                assert (label, [row["epoch"] for row in log], [row[name] for row in log]) in curves
+        assert len(curves) == 2 * 9
         (out / "last.pt").write_bytes(whole)
         assert str(out / "report.png") in capsys.readouterr().out and (out / "report.png").stat().st_size > 10000
         refused(capsys, tmp_path, ["--report", out / "last.pt"], "folder")
