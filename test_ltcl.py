@@ -1818,6 +1818,7 @@ def test_a_longer_run_where_the_schedule_allows_it(tiny, tmp_path, capsys):
         assert train.main([*argv, "--epochs", "10", "--out", str(tmp_path / "run")]) == 130     # in epoch 5, before the first drop
     capsys.readouterr()
     refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--epochs", "20", "--momentum", "0.8"], "--momentum is 0.8")
+    refused(capsys, tmp_path, ["--resume", "--out", tmp_path / "run", "--curriculum", "linear"], "--curriculum has no meaning with --method ce")
     assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "20"]) == 0
     shown = capsys.readouterr()
     assert "note: --epochs goes from 10 to 20" in shown.err and "; 4 of 20 epochs are done\n" in shown.out
@@ -2268,6 +2269,9 @@ def test_seeds_and_results(tiny, tmp_path, capsys, monkeypatch):
     assert rows[0][1:4] == ["1", "sc", "--net resnet8 --batch-size 8 --lr 0.05"]
     last = log_of(tmp_path / "run-seed1")[-1]
     assert rows[1][6] == f"{last['top1']:.2f}" and rows[1][7] == "" and rows[1][9] == f"{last['few']:.2f}"
+    head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout if shutil.which("git") else ""
+    commit = rows[0][12]
+    assert head.startswith(commit) and bool(commit) == bool(head)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 3)
         trainer = tiny_trainer()
