@@ -11,15 +11,16 @@ to accuracy by class size, on a CPU or a GPU (what was measured: README):
 [S] Khosla et al. Supervised Contrastive Learning. NeurIPS 2020 (the SC loss).
 
 It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what isn't part
-of the method, such as reading files and drawing the built-in data, is the appendix.
+of the method, such as reading files and drawing the built-in data, is the appendix. The settings, c or
+config, are train.Config, a field a flag with its help; lambda, PBSD's weight, is its pbsd.
 
-Notation.  x: images [B,3,H,W].  z, q, k: embeddings [B,D] of length 1, q the anchors', k their augmentations'.
-y: labels.  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
+Notation.  x: images [B,3,H,W].  y: labels.  z, q, k: embeddings [B,D] of length 1, q the anchors' (queries), k their
+augmentations' (keys).  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
 B: rows (images, or all their views, stacked).  C: classes.  D: embedding dimensions.  K: rows in memory, the queue.
 L: patches an image.  V: the classifier's views an image.  E: experts.  P_i: the positives of anchor i, its augmentation
 one of them in SC but not in DSCL; P in code: their number.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the
 curriculum's coefficient, is called the contrast weight here).  size: [h,w] of a view or patch, or one number for both.
-rng: a torch.Generator.
+rng: a torch.Generator (numpy's where said).
 """
 
 import contextlib
@@ -55,11 +56,6 @@ def require(condition, message):
         raise InputError(message)
 
 
-def first_line(error):
-    """What an error says, in one line; its kind where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 # ---------------------------------------------------------------------------------------
 # 1. Data: a long tail is a balanced set, thinned class by class
 # ---------------------------------------------------------------------------------------
@@ -77,14 +73,14 @@ def long_tail_counts(n_max, num_classes, imb):
 def draw_of_each_class(labels, counts, seed=0):
     """Rows of counts[c] images of each class c, or of all it has: int64 array. Each class's rows are shuffled by
     numpy's legacy stream, carried from class to class, and the first taken: the field's own split has seed 0."""
-    rng = np.random.RandomState(seed)  # a stream of our own: numpy's global one stays untouched
+    rng = np.random.RandomState(seed)                   # numpy's; a stream of our own, the global one stays untouched
     return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:n_c] for c, n_c in enumerate(counts)])
 
 
 def long_tail_indices(labels, imb, seed=0):
     """Rows of the long-tailed subset of a labelled set, grouped by class: int64 array.
 
-    labels: [N] integers 0..C-1. Classes keep their order: 0 is the head, C-1 the tail.
+    labels: [N] integers 0..C-1. Classes keep their order: of a balanced set 0 becomes the head, C-1 the tail.
     Raises InputError for imb < 1, and where a class would keep no image.
     """
     sizes = np.bincount(labels)
@@ -110,10 +106,10 @@ def take(x, rows):
 
 def hold_out(data, share):
     """The data with a share of each training class, rounded up, as its test set: to choose settings by, so that the
-    real test set stays unseen. One image of each class stays in training: a class of one has no test image. Raises
-    InputError where no class has two."""
+    real test set stays unseen. At least one image of each class stays in training, so a class of one has no test image.
+    Raises InputError where no class has two."""
     y, sizes = data.y_train, np.bincount(data.y_train)                          # [N], [C]
-    counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C] 0.07 * 100 is above 7 in floats
+    counts = np.ceil(share * sizes - 1e-9).astype(int)                          # [C]; as a float 0.07 * 100 is above 7
     test = draw_of_each_class(y.numpy(), np.minimum(counts, sizes - 1))
     require(len(test) > 0, "--holdout: no class has two images, one to train on and one to test: add some")
     kept = np.setdiff1d(np.arange(len(y)), test)
@@ -131,10 +127,10 @@ def class_balanced_rows(y, counts, n, rng):
 # ---------------------------------------------------------------------------------------
 
 def random_crop(x, rng):
-    """Pad by an eighth (4 pixels of 32) and cut the size back out: uint8 [B,3,H,W] -> same."""
+    """Pad by an eighth of the height (4 pixels of 32) and cut a window of the old size: uint8 [B,3,H,W] -> same."""
     B, _, H, W = x.shape
     pad = H // 8
-    windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)   # [B,3,2*pad+1,2*pad+1,H,W], no copy
+    windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)   # [B,3,2*pad+1,2*pad+1,H,W] of one padded copy
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng, device=x.device)     # [B] each
     return windows[torch.arange(B, device=x.device), :, dy, dx]     # [B,3,H,W]
 
@@ -157,8 +153,8 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
 
 def cut(x, boxes, size, cells=1.0, samples=-1):
     """RoIAlign: the boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,*size].
-    cells: how many cells of x one pixel of the boxes spans (1/4 at stride 4); with aligned=True cell i is the tile
-    from pixel i/cells to (i+1)/cells. samples: points along a side of an output pixel; -1: as many as it covers."""
+    cells: of x, to a pixel of the boxes (1/4 for a map of stride 4); cell i covers the pixels i/cells to (i+1)/cells.
+    samples: points taken along each side of an output pixel; -1: one for every cell that it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
     return torchvision.ops.roi_align(x.float(), torch.cat([image[:, None], boxes.flatten(0, 1)], 1), size,
                                      spatial_scale=cells, sampling_ratio=samples, aligned=True)
@@ -178,9 +174,9 @@ def random_grayscale(x, rng, p=0.2):
 
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
-    """Change the colours of float images [B,3,H,W] in 0..1. Brightness, contrast and saturation are
-    [B,1,1], 0 to leave them; hue is an angle in radians, grey 1 takes the colour away. All are linear (hue
-    turns the colours about the grey axis), so that an image needs one 3x4 matrix."""
+    """Change the colours of float images [B,3,H,W] in 0..1. All changes are [B,1,1]: brightness, contrast and saturation
+    are 0 to leave them; hue is an angle in radians, grey 1 takes the colour away. All are affine (hue turns the
+    colours about the grey axis), so that an image needs one 3x3 matrix and one shift."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
     luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] the colours' parts in grey
     to_grey = luma.expand(3, 3)                                                 # [3,3] a colour to its grey
@@ -236,12 +232,12 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     radius = min(H, W) // 20
     if radius == 0:
         return x
-    u, chosen = torch.rand(2, B, 1, generator=rng, device=x.device)                     # [B,1] each
+    u, draw = torch.rand(2, B, 1, generator=rng, device=x.device)                       # [B,1] each
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [taps]
     sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
     kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,taps] exp(-t^2/2sigma^2), of sum 1
-    kernel = torch.where(chosen < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,taps]
-    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # an image's colours: channels of its own
+    kernel = torch.where(draw < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,taps]
+    x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # every image's every colour: a channel
     x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=3 * B), kernel[:, None, None, :], groups=3 * B)
     return x.view(B, 3, H, W)
 
@@ -254,12 +250,12 @@ def crop_view(x, rng, size=None):
 def resized_view(x, rng, size):
     """Resized crop, flip; others begin with it. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
-    # one sample a pixel is enough: it covers 8/7 of the image's at most
+    # one sample a pixel is enough: a view's spans 8/7 of an image's at most (Trainer.take_data)
     return cut(random_flip(x, rng), boxes, size, samples=1).div_(255)
 
 
 def colour_view(x, rng, size):
-    """The records' contrastive views: resized crop, flip, colours. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
+    """ProCo's and BCL's contrastive views: resized crop, flip, colours. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     return random_jitter(resized_view(x, rng, size), rng)
 
 
@@ -279,7 +275,7 @@ def patch_view(x, rng):
 
 
 def strong_view(x, rng, size=None):
-    """The records' classifier view: crop, flip, a random change (in place of AutoAugment), Cutout.
+    """ProCo's and BCL's classifier view: crop, flip, a random change (in place of AutoAugment), Cutout.
     uint8 [B,3,H,W] -> float in 0..1. size is unused: other views need it."""
     return random_cutout(random_change(random_flip(random_crop(x, rng), rng) / 255, rng), rng)
 
@@ -328,16 +324,15 @@ def backbone(name):
 
 
 class CosineLinear(nn.Linear):
-    """Logits from the angle alone: a class's weight vector can't grow with its size (Gidaris and
-    Komodakis, CVPR 2018). scale makes up for cosines ending at 1."""
-    scale = 30
+    """Logits from the angle alone: a large class can't get a longer weight vector (Gidaris and Komodakis, CVPR 2018)."""
+    scale = 30                                          # cosines end at 1, too little for a softmax to be sure
 
     def forward(self, x):
         return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))    # [B,C]
 
 
 class Expert(nn.Module):
-    """The backbone's last stage with both heads [H]. Several of them: an ensemble, as [D] has one."""
+    """The backbone's last stage, both heads [H] and PSC's prototypes. Several make an ensemble, as in [D]."""
 
     def __init__(self, last, width, num_classes, dim, hidden, cosine):
         super().__init__()
@@ -353,10 +348,10 @@ def batchnorms(net):
 
 
 class Hybrid(nn.Module):
-    """Backbone, projection heads (feature branch) and linear classifiers (classifier branch).
+    """Backbone, projection heads (feature branch) and classifiers (classifier branch).
 
-    Called on float images [B,3,H,W] in 0..1 it gives the classifier's logits [B,C], the mean of
-    its experts'. mean and std [3] are the training images' own and travel with the weights.
+    Called on float images [B,3,H,W] in 0..1 it gives the classifiers' logits [B,C], the mean over
+    the experts. mean and std [3] are the training images' own and travel with the weights.
     amp: the dtype in which the backbone alone computes; None is float32.
     """
 
@@ -369,7 +364,8 @@ class Hybrid(nn.Module):
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
         self.amp = amp
-        self.class_names = self.counts = self.stored = self.size = None         # set by Trainer and load()
+        # set by Trainer and load(): pictures are resized to stored [h,w], of which size [h,w] is cut
+        self.class_names = self.counts = self.stored = self.size = None
         for m in batchnorms(self):
             m.num_batches_tracked = None                # counting costs a kernel launch a layer, nothing reads it
 
@@ -393,12 +389,12 @@ class Hybrid(nn.Module):
         return self.logits(self.maps(x)).mean(0)        # [B,C]
 
     def preprocess(self, picture):
-        """A picture, a path or a PIL image, as this network takes it: float [3,H,W] in 0..1."""
+        """A picture (a path or a PIL image) as this network takes it: float [3,H,W] in 0..1."""
         return TF.center_crop(read_picture(picture, self.stored), self.size) / 255
 
 
 # ---------------------------------------------------------------------------------------
-# 4. Losses: each is logsumexp over the candidates minus the similarity to a target, over tau
+# 4. Losses: with s = similarity / tau, each is the logsumexp of s over candidates minus s to a target
 #
 #          candidates in the logsumexp           target
 #   SC     all rows but the anchor               mean of the positives, the augmentation among them
@@ -406,12 +402,11 @@ class Hybrid(nn.Module):
 #   DSCL   all rows but the anchor, and memory   alpha * augmentation + (1-alpha) * mean of the other positives
 #   PBSD   the augmentations and memory          their mean, weighted as the teacher sees them
 #
-# Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They
-# compute in float32 also inside autocast: at tau 0.07 bfloat16 similarities put the gradient off by
-# several percent, by more the tighter a class. Rows that are no candidates get the lowest finite number for
-# a similarity: with -inf a block of empty slots alone would have a NaN gradient. Means over positives come
-# from the sums of whole classes, which saves memory and time, and the logsumexp of many rows goes in blocks: backward
-# keeps all of them, but its own temporaries are one block's.
+# Each works alone, pasted below `import torch` and `import torch.nn.functional as F`. They compute in float32 also inside
+# autocast: with similarities in bfloat16 the gradient is several percent off at tau 0.07, more for tighter classes. Means
+# over positives come from the sums of whole classes, which saves memory and time. The logsumexp of many rows goes in
+# blocks: all are kept for backward, but its temporaries are one block's. Rows that are no candidates get the lowest finite
+# number for s: with -inf a block of nothing else would have a NaN gradient.
 # ---------------------------------------------------------------------------------------
 
 def sc_loss(z, y, tau=0.1):
@@ -427,7 +422,7 @@ def sc_loss(z, y, tau=0.1):
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         y_sorted = y.sort().values                                                 # [B] y.unique() would make a GPU wait
-        group = torch.searchsorted(y_sorted, y)                                    # [B] a class's number: its start in y_sorted
+        group = torch.searchsorted(y_sorted, y)                                    # [B] a class is its first place in y_sorted
         P = torch.searchsorted(y_sorted, y, right=True) - group - 1                # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no mask of pairs
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
@@ -445,7 +440,7 @@ def psc_loss(z, y, prototypes, tau=0.1):
 
         L_i = -log( exp(z_i.p_{y_i}/tau) / sum_{c != y_i} exp(z_i.p_c/tau) )
 
-    The mean over the anchors. The own class is not in the denominator, so it can be negative. Costs O(B*C), SC O(B*B).
+    The mean over the anchors. It can be negative, as the own class is not in the denominator. Costs O(B*C), SC O(B*B).
     Raises ValueError for a single prototype: there is nothing to contrast with.
     """
     if len(prototypes) < 2:
@@ -463,7 +458,7 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
     """Decoupled supervised contrastive loss [D, L_dscl]. A scalar, float32 (float64 stays).
 
     q: [N,D] the anchors z_i.  k: [N,D] their augmentations z_i+; both get a gradient.  y: [N] labels >= 0.
-    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot (any finite row); both or none (ValueError).
+    queue: [K,D] older embeddings with labels queue_y [K], -1 for an empty slot (of any finite row); both or none (ValueError).
     All are of length 1.  M_i: the rows of q and k of the other images, and the queue.  P_i: those of M_i with z_i's label.
 
         L_i = -1/(|P_i|+1) sum_{t in {i+} u P_i} log( exp(w_t z_t.z_i/tau) / sum_{m in {i+} u M_i} exp(z_m.z_i/tau) )
@@ -485,13 +480,13 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the mean of z_i.z_t over P_i is z_i . (sum over its class, less i's own two rows) / |P_i|: no N x K mask
         y_sorted, zero = y.sort().values, torch.zeros_like(q)                      # [N], [N,D]
-        group = torch.searchsorted(y_sorted, y)                                    # [N] a class's number: its start in y_sorted
-        # a row of the queue whose class the batch lacks lands on a wrong class, with weight 0
-        theirs = torch.searchsorted(y_sorted, queue_y).clamp(max=len(y) - 1)       # [K]
-        known = (y_sorted[theirs] == queue_y).to(q.dtype)                          # [K]
-        total = zero.index_add(0, group, q + k).index_add(0, theirs, queue * known[:, None])           # [N,D]
+        group = torch.searchsorted(y_sorted, y)                                    # [N] a class is its first place in y_sorted
+        # a row of the queue whose class the batch lacks gets some other class here, and weight 0 below
+        queue_group = torch.searchsorted(y_sorted, queue_y).clamp(max=len(y) - 1)  # [K]
+        known = (y_sorted[queue_group] == queue_y).to(q.dtype)                     # [K]
+        total = zero.index_add(0, group, q + k).index_add(0, queue_group, queue * known[:, None])      # [N,D]
         others = torch.searchsorted(y_sorted, y, right=True) - group - 1           # [N] other images of the class, two rows each
-        P = 2 * others + zero[:, 0].index_add(0, theirs, known)[group]             # [N] |P_i|
+        P = 2 * others + zero[:, 0].index_add(0, queue_group, known)[group]        # [N] |P_i|
         s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
         target = torch.where(P > 0, alpha * s_augmentation + (1 - alpha) * s_class, s_augmentation)     # [N]
@@ -506,10 +501,10 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
 def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     """Patch-based self-distillation [D, L_pbsd]. A scalar, float32 (float64 stays).
 
-    c: [N,L,D] or [N*L,D] teacher, patches pooled from the feature map; no gradient flows into it.  All are of length 1.
+    c: [N,L,D] or [N*L,D] teacher, patches pooled from the feature map; no gradient flows into it.
     s: as c, the student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue
-    (in [D] the other anchors are among them).
-    valid: [R+K] bool, False for an empty slot, True for one at least; None: all are candidates.
+    (in [D] the other anchors, too).  All rows are of length 1.
+    valid: [R+K] bool, False for an empty slot, at least one True; None: all are candidates.
 
         L_pbsd = 1/L sum_j sum_t -p(z_t|c_j) log p(z_t|s_j),    p(z_t|v) = softmax over t of v.z_t/tau
 
@@ -519,8 +514,8 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
         c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
         empty = None if valid is None else torch.finfo(s.dtype).min * (~valid).to(s.dtype)     # [R+K] added to the logits
-        p = F.linear(c / tau, candidates.detach(), empty).softmax(-1)              # [N,L,R+K]
-        logits = F.linear(s / tau, candidates, empty)                              # [N,L,R+K]
+        p = F.linear(c / tau, candidates.detach(), empty).softmax(-1)              # [N,L,R+K] or [N*L,R+K]
+        logits = F.linear(s / tau, candidates, empty)                              # [N,L,R+K] or [N*L,R+K]
         return F.cross_entropy(logits.flatten(0, -2), p.flatten(0, -2))
 
 
@@ -555,8 +550,8 @@ def contrast_weight(epoch, epochs, curriculum="parabolic"):
 
 
 def learning_rate(t, c):
-    """The learning rate at t > 0 epochs, a fraction within one: linear warm-up, then x0.1 after 60 % and again after
-    80 % of --epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
+    """The learning rate after t > 0 epochs (1.5: the middle of the second): linear warm-up, then x0.1 after 60 % and
+    again after 80 % of --epochs (120 and 160 of 200 in [H]), or half a cosine down to zero. In the second
     stage x0.1 after a half and three quarters (20 and 30 of 40 epochs in [D]). c: the settings, train.Config;
     lr, epochs, warmup, schedule, stage2_epochs and stage2_lr are read."""
     if t > c.epochs:
@@ -602,11 +597,11 @@ class Trainer:
         c = self.config = config
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         two_stage = c.curriculum == "two-stage"
-        for flag, n in (("--batch-size", c.batch_size), ("--stage2-batch", two_stage * c.stage2_batch)):
+        for flag, n in (("--batch-size", c.batch_size), ("--stage2-batch", c.stage2_batch if two_stage else 0)):
             require(n % self.ranks == 0, f"{flag} {n} can't be shared by {self.ranks} processes: take a multiple of {self.ranks}")
         require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
         self.epoch = 0                                  # epochs done
-        self.epochs = c.epochs + two_stage * c.stage2_epochs    # of both stages
+        self.epochs = c.epochs + (c.stage2_epochs if two_stage else 0)
         self.history = []                               # of the steps done in this epoch: [parts] each, the loss first
         self.evaluated = {}                             # the last accuracy
         self.device = pick_device(c.device)
@@ -623,13 +618,13 @@ class Trainer:
                     and (files or x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1:] == (3, *data.x_train.shape[2:])),
                     "the data have a wrong type or shape: labels are int64 [N], images uint8 [N,3,H,W] of one size")
         self.class_names = check_labels("the data", data.y_train, data.y_test, data.class_names)    # C strings
-        data = hold_out(data, c.holdout) if c.holdout else data     # now that each image has a label
+        data = hold_out(data, c.holdout) if c.holdout else data     # after the check of the labels
         kept = long_tail_indices(data.y_train, c.imb)                                           # [N]
         require(c.batch_size <= len(kept), f"--batch-size {c.batch_size} is more than the {len(kept)} "
                 "training images: take a smaller one")
         x, y = take(data.x_train, kept), data.y_train[kept]
         self.fingerprint = fingerprint(x, y)            # by which load_state_dict() knows them again
-        stored = [c.size * 8 // 7] * 2                  # of image files: 256 for views of 224
+        stored = [c.size * 8 // 7] * 2                  # of image files: 256 for resized views of 224
         self.x, self.x_test = (ImageFiles(part.paths, stored) if files else part.to(self.device) for part in (x, data.x_test))
         self.y, self.y_test = y.to(self.device), data.y_test
         self.counts = torch.bincount(y)                                                         # [C]
@@ -652,21 +647,16 @@ class Trainer:
         return mean, std.clamp(min=1 / 255)
 
     def build(self, mean, std):
-        """The network with its slow copies, the queue and the optimisers."""
+        """The network with its slow copies (see follow), the queue and the optimisers."""
         c, amp = self.config, pick_amp(self.config.amp, self.device)
         with torch.random.fork_rng(devices=[]):         # the same initial weights on every device
             torch.default_generator.manual_seed(c.seed)         # torch.manual_seed would reach the GPU's, too
             net = Hybrid(c.net, len(self.counts), mean, std, c.experts, c.logits == "cosine", c.dim, c.hidden, amp)
-        if c.batchnorm == "sync":
-            require(self.device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-            for m in batchnorms(net):                   # it insists on a counter: on the host, outside the state
-                del m.num_batches_tracked
-                m.num_batches_tracked = torch.zeros(())
+        net = synchronised(net, self.device) if c.batchnorm == "sync" else net          # appendix
         net.class_names, net.counts, net.stored, net.size = self.class_names, self.counts.tolist(), self.stored, self.size
         self.net = net.to(self.device, memory_format=layout(self.device))
-        self.key_encoder = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None     # the momentum encoder
-        self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None
+        self.key_encoder = copy.deepcopy(self.net).requires_grad_(False) if c.ema else None     # makes the keys
+        self.averaged = copy.deepcopy(self.net).requires_grad_(False).eval() if c.average else None     # is evaluated
         if c.compile == "on":
             for encoder in filter(None, (self.net, self.key_encoder)):
                 encoder.maps = torch.compile(encoder.maps, dynamic=False)
@@ -676,16 +666,10 @@ class Trainer:
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        self.parallel = None
-        for e in net.experts:                           # frozen where unused: DistributedDataParallel waits for gradients
+        for e in net.experts:                           # unused parts are frozen, several processes would wait for them
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
-        if self.ranks > 1:
-            branches = nn.Module()                      # DistributedDataParallel takes a module whose forward is the loss
-            branches.net, branches.forward = self.net, self.losses
-            self.parallel = nn.parallel.DistributedDataParallel(    # either of two stages leaves weights without a gradient
-                branches, find_unused_parameters=c.curriculum == "two-stage")
-            self.parallel.broadcast_buffers = False     # agree() does, once an epoch; as an argument it is deprecated
+        self.parallel = distributed(self) if self.ranks > 1 else None      # appendix
 
     @property
     def weight(self):
@@ -695,14 +679,14 @@ class Trainer:
 
     @property
     def classifies(self):
-        """Does the epoch train the classifier? Not in contrast's own of two stages. (Other curricula begin at weight 1 as
-        well; there the classifier's loss is computed and counts nothing yet.)"""
+        """Does the epoch train the classifier? All do but those of the first of two stages. (Most other curricula begin at
+        weight 1, too: there the classifier's loss is computed, but counts nothing yet.)"""
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
     def batches(self, R, steps):
-        """The rows of an epoch's batches [steps,n], R for each branch. n is R where both take the same instance-balanced
-        batch, or one branch alone is trained; 2R where R class-balanced rows for the classifier follow R instance-balanced
-        ones. Each of several processes gets its part of both: n is divided by their number then."""
+        """The rows of an epoch's batches [steps,n], R for each branch. n is R where the branches share instance-balanced
+        rows, or one branch alone is trained; it is 2R where the classifier has class-balanced rows of its own, which follow
+        R instance-balanced ones. Each of several processes gets its part of both, R / ranks."""
         c = self.config
         baseline = c.method == "ce" and self.epoch < c.epochs
         balanced = self.classifies and (c.classifier == "class-balanced" or c.classifier == "auto" and not baseline)
@@ -738,7 +722,7 @@ class Trainer:
 
     def contrast_loss(self, q, k, y, prototypes, queue):
         """One expert's loss, from its embeddings of two views [R,D], prototypes [C,D] and queue [K,D]. Both views are
-        anchors in turn; the keys of DSCL's momentum encoder never are [D]."""
+        anchors in turn, but not the keys of a momentum encoder [D]."""
         c = self.config
         if c.method == "dscl":
             loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
@@ -750,7 +734,7 @@ class Trainer:
         """PBSD: the same boxes cut from the view's pixels [N,3,H,W] (students) and from its feature
         map (teachers). maps: [N,width,h,w] of each expert.  keys: [E,R,D]."""
         c, (N, _, H, W) = self.config, view.shape
-        # with [D]'s views 64 of 224 pixels [D, settings]; else half the side, as small images need more to show anything
+        # 64 of 224 pixels with [D]'s views [D, settings]; with the others, meant for small images, half the side
         side = c.patch_size or (H * 2 // 7 if self.aug == "resized" else H // 2)
         boxes = random_boxes(N, c.patches, H, W, self.rng, side_scale=c.box_scale == "side")    # [N,L,4]
         patches = AUGMENTATIONS[self.aug][3](cut(view, boxes, side), self.rng)                  # [N*L,3,side,side]
@@ -758,9 +742,9 @@ class Trainer:
         for m in batchnorms(self.net):
             m.track_running_stats = False
         students = self.net.embed(self.net.maps(patches))                                       # [E,N*L,D]
-        # padded convolutions centre cell i on pixel i * stride; cut() takes it for the tile that begins there, whose middle
-        # is (stride - 1) / 2 further on. The boxes move by that, so that teachers and students see the same pixels
-        # ([D]'s code, aligned=False and no move, is half a pixel beside it)
+        # padded convolutions centre cell i on pixel i * stride, but cut() on the middle of its tile, (stride - 1) / 2 pixels
+        # further on: so the boxes move by that, for teachers to see the students' pixels. (Unmoved they would be that far
+        # apart; [D]'s code, unmoved with aligned=False, is off by half a pixel)
         stride = 4 if c.net in CIFAR_NETS else 32
         with torch.no_grad():
             teachers = self.net.embed([cut(m, boxes + (stride - 1) / 2, 2, 1 / stride) for m in maps])  # [E,N*L,D]
@@ -783,17 +767,17 @@ class Trainer:
         q, k, y = gather(q, 1), gather(k, 1), gather(y)     # [E,R,D], [E,R,D], [R] of all processes (gather: appendix)
         losses = [self.contrast_loss(q_e, k_e, y, e.prototypes, queue)          # of each expert
                   for q_e, k_e, e, queue in zip(q, k, self.net.experts, self.queue)]
-        parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))
+        parts = dict(loss_contrast=sum(losses) / len(losses), **embedding_statistics(q[0], k[0], y))       # the first expert's
         if self.config.pbsd:
             parts["loss_pbsd"] = self.patch_loss(views[0], [m[:N] for m in maps], k)
         return parts, (k.detach(), y)
 
     def losses(self, x, y, x_ce, y_ce):
-        """The loss of a step with its parts, and the keys with their labels. x uint8 [N,3,H,W] and y [N]: this
-        process's part of the instance-balanced batch; x_ce and y_ce: the classifier's. All views go through the network
-        at once, N queries, N keys and VN for the classifier: so BatchNorm's running statistics, which the evaluation takes,
-        are of the mixture that it was trained on. With a momentum encoder the keys go through that. Contrast's own of two
-        stages has no views for the classifier; the classifier's, and ce, have no others."""
+        """The loss of a step with its parts, and the keys with their labels. x uint8 [N,3,H,W] and y [N]: this process's
+        rows for contrast; x_ce and y_ce: for the classifier, perhaps the same. All views go through the network as one
+        batch, N queries, N keys (unless a momentum encoder takes these) and VN for the classifier, so that BatchNorm's
+        running statistics, which evaluation uses, are of the mixture that it normalised in training. The first of two
+        stages has no views for the classifier; the second, and ce, have no others."""
         c, N, V, weight = self.config, len(y), self.config.classifier_views, self.weight
         query, key, ce_view, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
@@ -825,10 +809,9 @@ class Trainer:
         get_ema_multi_avg_fn(decay)(theirs, ours, None)
 
     def step(self, x, y, N, optimizer):
-        """One step of SGD on a batch from batches(), this process's N rows for both branches or N for each: x uint8
-        [N,3,H,W] or [2N,3,H,W], y [N] or [2N]. Returns the loss and its parts. It never waits for the device, except
-        for fp16's loss scale and with --batchnorm sync."""
-        # the contrastive rows come first, the classifier's last
+        """One step of SGD on a batch from batches(), this process's N rows that the branches share, or N for contrast and
+        then N for the classifier: x uint8 [N,3,H,W] or [2N,3,H,W], y [N] or [2N]. Returns the loss and its parts. It never
+        waits for the device, except for fp16's loss scale and with --batchnorm sync."""
         parts, keys = (self.parallel or self.losses)(x[:N], y[:N], x[-N:], y[-N:])
         optimizer.zero_grad()
         self.scaler.scale(parts["loss"]).backward()
@@ -863,15 +846,15 @@ class Trainer:
                 f"{broken.int().argmax() + 1}: try {advice}; last.pt is from before")
 
     def train_epoch(self, tick=lambda step, steps: None):
-        """Once over the training set. Returns the epoch's means; nothing is read from the device
-        before its end. tick is called between two steps: it may save the state, or raise to stop;
+        """Once over the training set. Returns the epoch's mean losses, its contrast weight and its last learning rate.
+        Between its steps nothing is read from the device. tick is called there: it may save the state, or raise to stop;
         then the next call goes on there."""
         require(self.epoch < self.epochs, f"all {self.epochs} epochs are done: for more, start a run with more --epochs")
         c, weight, second = self.config, self.weight, self.epoch >= self.config.epochs
         R = min(c.stage2_batch, len(self.y) // self.ranks * self.ranks) if second else c.batch_size
         steps = len(self.y) // R                        # the incomplete last batch is left out
         optimizer = self.optimizers[second]
-        self.net.train(not second)                      # frozen: BatchNorm as in evaluation
+        self.net.train(not second)                      # in the second BatchNorm is as in evaluation
         self.reseed(self.epoch)
         done, plan = len(self.history), self.batches(R, steps)
         for i, (x, rows) in enumerate(self.images(self.x, plan[done:]), done):
@@ -894,8 +877,8 @@ class Trainer:
         """Accuracy of the classifier branch on the whole test set (less files that can't be read), see accuracy()."""
         training = self.net.training                    # it may be the middle of an epoch
         net = self.averaged or self.net.eval()
-        N = max(1, min(500, 2 ** 21 // math.prod(self.size)))       # large images take more memory
-        plan = torch.arange(len(self.y_test), device=self.device).split(N)[self.rank::self.ranks]
+        n = max(1, min(500, 2 ** 21 // math.prod(self.size)))       # large images take more memory
+        plan = torch.arange(len(self.y_test), device=self.device).split(n)[self.rank::self.ranks]
         predicted = torch.full((len(self.y_test),), -1, device=self.device)     # [M] -1: another process's, or can't be read
         for (x, rows), asked in zip(self.images(self.x_test, plan), plan):
             classes = net(TF.center_crop(x, self.size) / 255).argmax(1)                         # [n]
@@ -945,6 +928,11 @@ class Trainer:
 # ---------------------------------------------------------------------------------------
 
 FILE_SETS = "folder", "imagenet_lt", "inat18"
+
+
+def first_line(error):
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_dataset(name, root="data", train_list="", test_list="", holdout=0):
@@ -1250,6 +1238,27 @@ def pick_amp(name, device):
         name = ("off" if device.type != "cuda" else
                 "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def synchronised(net, device):
+    """The network with BatchNorm's statistics of all processes. Raises InputError where there is no CUDA."""
+    require(device.type == "cuda", "--batchnorm sync works on CUDA alone: take --batchnorm local")
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for m in batchnorms(net):                           # it insists on a counter: on the host, outside the state
+        del m.num_batches_tracked
+        m.num_batches_tracked = torch.zeros(())
+    return net
+
+
+def distributed(trainer):
+    """The trainer's losses() as DistributedDataParallel, which means the gradients of all processes, takes them: as the
+    forward of a module."""
+    branches = nn.Module()
+    branches.net, branches.forward = trainer.net, trainer.losses
+    two_stage = trainer.config.curriculum == "two-stage"        # each stage leaves weights without a gradient
+    wrapped = nn.parallel.DistributedDataParallel(branches, find_unused_parameters=two_stage)
+    wrapped.broadcast_buffers = False                   # agree() does, once an epoch; as an argument it is deprecated
+    return wrapped
 
 
 def gather(t, dim=0):
