@@ -20,7 +20,6 @@ import traceback
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 try:
@@ -375,7 +374,7 @@ def save_views(trainer, path, columns=20, rows=8):
     """A picture of the long tail: the classes from head to tail, each a pile of training images as
     high as the class is large, and below it the two contrastive views of one image, the first with the boxes of
     its patches, and the classifier's view."""
-    c, counts, small = trainer.config, trainer.counts, partial(torch.nn.functional.interpolate, size=(64, 64), mode="area")
+    c, counts, small = trainer.config, trainer.counts, torch.nn.AdaptiveAvgPool2d(64)
     order = counts.argsort(descending=True, stable=True)
     order = order[torch.linspace(0, len(order) - 1, min(columns, len(order))).long()]
     height = (rows * counts[order] / counts.max()).ceil().int().tolist()
