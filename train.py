@@ -209,7 +209,7 @@ def read_arguments(argv):
                         help="one run a seed, in OUT-seedS; those that were stopped go on")
     one_of.add_argument("--eval", metavar="RUN", type=Path, help="accuracy of a trained run: its folder or a .pt file")
     one_of.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
-    one_of.add_argument("--report", metavar="RUN", nargs="+", help="draw runs side by side (needs matplotlib)")
+    one_of.add_argument("--report", metavar="RUN", type=Path, nargs="+", help="draw runs side by side (needs matplotlib)")
     one_of.add_argument("--tables", metavar="FILE", type=Path, help="the tables of a file of --results, as Markdown")
     parser.add_argument("--results", metavar="FILE", type=Path,
                         help="add a row for each run to a .csv file; runs that it has are skipped")
@@ -602,7 +602,7 @@ def report(runs):
         raise ltcl.InputError("--report needs matplotlib: pip install matplotlib") from None
     figure = mpl.Figure((2 + 3.2 * len(runs), 8), layout="constrained")
     losses, tops, classes = figure.subplots(3, len(runs), squeeze=False, sharey="row")
-    for run, loss, top, by_class in zip(map(Path, runs), losses, tops, classes):
+    for run, loss, top, by_class in zip(runs, losses, tops, classes):
         ltcl.require(run.is_dir(), f"{run} is not a folder: --report takes the folders of runs")
         state = ltcl.read_checkpoint(run)
         ltcl.require(log := state.get("log"), f"{run} holds no epoch's log: train the run first")
@@ -625,8 +625,8 @@ def report(runs):
         axes.xaxis.get_major_locator().set_params(integer=True)
     for row, label in ((losses, "training loss"), (tops, "test accuracy, %"), (classes, "accuracy of the class, %")):
         row[0].set_ylabel(label)
-    figure.savefig(Path(runs[0]) / "report.png", dpi=100)
-    print(f"drawn in {Path(runs[0]) / 'report.png'}")
+    figure.savefig(runs[0] / "report.png", dpi=100)
+    print(f"drawn in {runs[0] / 'report.png'}")
 
 
 # --- results: a row a run, and tables of them --------------------------------------------------
