@@ -734,8 +734,8 @@ def tables(rows):
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
     grid = [[groups.get(column, {}).get((*which, "200")) for column in columns] for which in GRID]
     if any(map(any, grid)):
-        text += ["**ResNet-32, 200 epochs, top-1**", "",
-                 "| method | settings | " + " | ".join(f"{dataset}, imb {imb}" for dataset, imb in columns) + " |", "|---" * 8 + "|"]
+        heads = " | ".join(f"{dataset}, imb {imb}" for dataset, imb in columns)
+        text += ["**ResNet-32, 200 epochs, top-1**", "", f"| method | settings | {heads} |", "|---" * 8 + "|"]
         for (method, settings), found in zip(GRID, grid):
             cells = [spread([top1 for top1, *_ in same]) if same else "not run" for same in found]
             text.append(f"| {method} | {settings and f'`{settings}`'} | {' | '.join(cells)} |")
