@@ -907,8 +907,8 @@ class Trainer:
     def load_state_dict(self, state):
         """Go on from a state_dict(). Raises InputError where it is another run's."""
         require(state["class_names"] == self.class_names and state["fingerprint"] == self.fingerprint,
-                "the training images are not those that the run began with, or are read otherwise: --data or the files in "
-                "it have changed")
+                "the training images are not those that the run began with, or are read otherwise: --data, --dataset or the "
+                "files there have changed")
         try:
             nets = [(getattr(self, name), state[name]) for name in ("net", "key_encoder", "averaged")]
             for part, its in nets + list(zip(self.optimizers, state["optimizers"])):
@@ -980,7 +980,9 @@ def check_labels(where, y_train, y_test, names=None):
 
 def read_npz(path, holdout=0):
     """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
-    require(path.exists(), f"{path} does not exist: give the path of an .npz file")
+    require(path.exists(), f"{path} does not exist: give the path of an .npz file with --dataset")
+    with path.open("rb") as file:                       # numpy takes whatever is no .npz for a pickle
+        require(file.read(2) == b"PK", f"{path} cannot be read, it is no .npz file: write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
             arrays = {key: np.asarray(file[key]) for key in file.files}     # what is no array comes as bytes
@@ -989,7 +991,8 @@ def read_npz(path, holdout=0):
                          "class_names as strings") from None
     parts = "train", "train" if holdout and not {"x_test", "y_test"} & set(arrays) else "test"
     missing = {f"{kind}_{part}" for kind in "xy" for part in parts} - set(arrays)
-    require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test")
+    require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test, "
+            "or --holdout 0.2 in place of the last two")
     data = []
     for part in parts:
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
@@ -1049,7 +1052,8 @@ class ImageFiles(torch.utils.data.Dataset):
         new = {self.paths[i] for i in asked[asked != rows].tolist()} - self.unreadable
         self.unreadable |= new
         for path in sorted(new):
-            print(f"warning: {path} is not a readable image: left out", file=sys.stderr)
+            reason = "is not a readable image" if os.path.isfile(path) else "is no file"
+            print(f"warning: {path} {reason}: left out", file=sys.stderr)
         n = len(self.unreadable)
         require(n <= max(1, 0.01 * len(self)), f"{n} of {len(self)} image files cannot be read, more than 1 %: "
                 "mend those named above, or take them out of the folder and of a list file")
@@ -1074,7 +1078,7 @@ def into_memory(files, y):
 def read_list(path, root):
     """The image paths and labels of a list file with lines "path label". Raises InputError."""
     path = path if path.exists() else root / path
-    require(path.is_file(), f"{path} does not exist: name the list files with --train-list and --test-list")
+    require(path.is_file(), f"{path} does not exist: --train-list and --test-list are looked for here, then in --data")
     rows = []
     for n, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
         words = line.strip().rsplit(maxsplit=1)         # a path may hold spaces
@@ -1094,13 +1098,15 @@ def load_files(root, train_list, test_list, holdout):
                 f"{train_list} names an image twice: --holdout could train on it and test on it: name each once")
     else:
         held_out = root / ("train" if holdout else next((name for name in ("val", "test") if (root / name).is_dir()), "val"))
+        trees = []
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
                     "and val/<class>/* (or test); --holdout 0.2 makes a test set of the training images")
-        try:
-            train, test = (torchvision.datasets.ImageFolder(folder) for folder in (root / "train", held_out))
-        except FileNotFoundError as error:              # an empty class folder
-            raise InputError(f"{root}: {first_line(error)}") from None
+            try:
+                trees.append(torchvision.datasets.ImageFolder(folder))
+            except FileNotFoundError as error:          # an empty class folder
+                raise InputError(f"{folder}: {first_line(error)}") from None
+        train, test = trees
         alone = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
         require(alone == [[], []], f"{root}: train and {held_out.name} need the same class folders, but train alone has "
                 f"{alone[0][:3]}, {held_out.name} alone {alone[1][:3]}")
@@ -1308,6 +1314,8 @@ def read_checkpoint(run):
         state = torch.load(path, map_location="cpu", weights_only=True)         # nothing in it is executed
         known = state.keys() >= {"config", "fingerprint", "stored", "class_names", "counts", "epoch", "history", "evaluated",
                                  "ranks"}
+    except PermissionError:
+        raise
     except Exception:  # torch, zipfile and pickle each have their own for a broken file
         known = False
     require(known, f"{path} is damaged, or no checkpoint of this program: give the last.pt of a run")

@@ -554,7 +554,7 @@ def test_hold_out():
 def test_an_npz_without_test_images(tmp_path, capsys):
     path = write_npz(tmp_path / "a.npz", **arrays(n=(12, 6, 1)) | dict(x_test=None, y_test=None))
     argv = [*TINY, "--dataset", path, "--method", "ce", "--out", str(tmp_path / "run")]
-    refused(capsys, tmp_path, argv, "lacks x_test, y_test")
+    refused(capsys, tmp_path, argv, "lacks x_test, y_test", "--holdout")
     assert train.main([*argv, "--holdout", "0.1"]) == 0 and "16 training images in 3 classes of 10 to 1, 3 test" in capsys.readouterr().out
     assert train.main(["--eval", str(tmp_path / "run"), "--per-class"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "n/a", "2"]    # one image: to train on
@@ -1048,6 +1048,7 @@ def test_evaluation_before_the_classifier_is_trained_warns(tiny, tmp_path, monke
     with monkeypatch.context() as patch:
         interrupt(patch, {2})
         assert train.main(argv) == 130
+    assert "1 steps are few to train a classifier" in capsys.readouterr().err
     for warned in (True, False):
         capsys.readouterr()
         assert train.main(["--eval", str(tmp_path / "run")]) == 0
@@ -1526,7 +1527,7 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     (tmp_path / "val.txt").write_text((tmp_path / "val.txt").read_text().replace(" 7\n", " 1\n"))
     (tmp_path / "train.txt").write_text(whole + "train/missing.png 1\n")
     assert train.main([*argv, "--method", "ce"]) == 0   # one of 151 is missing
-    assert "missing.png is not a readable image" in capsys.readouterr().err
+    assert "missing.png is no file: left out" in capsys.readouterr().err
     last = (tmp_path / "val.txt").read_text().splitlines()[-1].replace(" 1", " 0") + "\n"       # a wrong label
     (tmp_path / "other.txt").write_text((tmp_path / "val.txt").read_text() + 20 * last)
     titles = []
@@ -1536,7 +1537,7 @@ def test_list_files(tmp_path, capsys, monkeypatch):
         titles.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  accuracy")))
     old = log_of(tmp_path / "run")[-1]["top1"]
     assert titles[0] == titles[1] and f"{old:.2f}" not in titles[0]
-    refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist")
+    refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist", "then in --data")
     (tmp_path / "train.txt").write_text(whole.replace(" ", "\t") + "\n\n")
     refused(capsys, tmp_path, [*argv[:-2], "--out", tmp_path / "run4"], "--test-list", "--holdout")
     (tmp_path / "twice.txt").write_text(whole + whole.splitlines()[-1])
@@ -1557,6 +1558,9 @@ def test_bad_folders(tmp_path, capsys):
     write_tree(tmp_path, n=(3, 3), size=(32, 32))
     (tmp_path / "val" / "class1").rename(tmp_path / "val" / "zebra")
     refused(capsys, tmp_path, argv, "train alone has ['class1'], val alone ['zebra']")
+    (tmp_path / "val" / "empty").mkdir()
+    refused(capsys, tmp_path, argv, f"{tmp_path / 'val'}: Found no valid file for the classes empty")
+    (tmp_path / "val" / "empty").rmdir()
     for p in (tmp_path / "train" / "class0").iterdir():
         p.unlink()
     refused(capsys, tmp_path, argv, "class0")
@@ -2092,6 +2096,15 @@ def test_eval(a_run, tmp_path, capsys):
         assert [row[0::2] for row in table[-3:]] == [["120", "dark"], ["60", "grey"], ["10", "bright"]]
         assert accuracies == pytest.approx(torch.load(a_run / "last.pt", weights_only=True)["evaluated"]["by_class"], abs=0.01)
     refused(capsys, tmp_path, ["--eval", tmp_path], "last.pt does not exist")
+    refused(capsys, tmp_path, ["--eval", a_run, "--data", tmp_path], "--data has no meaning with --dataset")
+
+    def locked(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:         # a colleague's run, which is not damaged
+        patch.setattr(torch, "load", locked)
+        refused(capsys, tmp_path, ["--eval", a_run], "Permission denied", "last.pt")
+
     refused(capsys, tmp_path, ["--eval", a_run, "--lr", "1"], "--lr")
     refused(capsys, tmp_path, ["--eval", a_run, "--dataset", tmp_path / "no.npz"], "no.npz")
     refused(capsys, tmp_path, ["--per-class"], "--eval")
@@ -2649,7 +2662,8 @@ def test_broken_npz(tmp_path, capsys):
     for name, content in (("cut", whole[:len(whole) // 2]), ("empty", b""), ("text", b"hello"), ("npy", single.getvalue())):
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
-        refused(capsys, tmp_path, ["--dataset", path, *TINY, "--out", tmp_path / "run"], f"{name}.npz", "cannot be read")
+        line = refused(capsys, tmp_path, ["--dataset", path, *TINY, "--out", tmp_path / "run"], f"{name}.npz", "cannot be read")
+        assert ("no .npz file" in line) == (name != "cut") and "pickle" not in line
     path = write_npz(tmp_path / "hollow.npz", x_train=None)
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("x_train.npy", b"")               # what was written when the disk was full

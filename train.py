@@ -459,6 +459,9 @@ class Run:
         if steps < 100:
             say(f"warning: {steps} steps in all are too few for BatchNorm's statistics: take a smaller --batch-size or "
                 "more --epochs")
+        steps = max(1, len(t.y) // config.stage2_batch) * config.stage2_epochs
+        if config.curriculum == "two-stage" and steps < 100:
+            say(f"warning: {steps} steps are few to train a classifier: take a smaller --stage2-batch or more --stage2-epochs")
 
     def save(self):
         self.saved = time.time()
@@ -560,7 +563,9 @@ def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
     state, config = saved(run)
     refuse({"test_list"} & given.keys() if config.holdout else (), "--eval of a run with --holdout")
-    trainer = make_trainer(replace(config, batchnorm="local", compile="off", **given), state)   # neither matters here
+    config = replace(config, batchnorm="local", compile="off", **given)     # neither matters here
+    config.refuse_idle({"data"} & given.keys(), two_stage=False)
+    trainer = make_trainer(config, state)
     accuracy = trainer.evaluate()
     warn_untrained(state)
     print_table(f"{run}: {run_title(trainer)}, after {trainer.epoch} of {trainer.epochs} epochs", accuracy, trainer.counts)
