@@ -31,7 +31,7 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises either
-    print(f"error: torch, torchvision or numpy does not import ({str(error).splitlines()[0]}): "
+    print(f"error: torch, torchvision or numpy cannot be imported ({str(error).splitlines()[0]}): "
           "install a set that fits, pip install --upgrade torch torchvision numpy", file=sys.stderr)
     sys.exit(2)
 
@@ -47,7 +47,14 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def say(text):
+    """To the user, once: of several processes the first one does."""
+    if RANK == 0:
+        print(text, file=sys.stderr)
+
+
 def refuse(useless, action):
+    """Refuse flags, a set of names, that mean nothing beside this action."""
     ltcl.require(not useless, f"{flag(min(useless, default=''))} has no meaning with {action}: leave it out")
 
 
@@ -60,20 +67,23 @@ TINY, BELOW_ONE = math.ulp(0.0), 1 - 1e-9  # "above zero" and "below one", as bo
 
 @dataclass
 class Config:
-    """[H]'s CIFAR settings are the defaults; PRESETS holds what other data sets, methods and recipes change."""
+    """A run's settings. The defaults are [H]'s on CIFAR; Config.of also applies what PRESETS holds for other data sets, methods
+    and recipes. A new field is a flag, is saved, and stands in a row of results; see also refuse_idle, USEFUL, NO_MATTER."""
     dataset: str = setting("shapes", "shapes, cifar10, cifar100, folder, imagenet_lt, inat18 or the path of an .npz file")
-    imb: float = setting(100.0, "images of the largest class over those of the smallest; 1: all, as it is", low=1)
-    method: str = setting("dscl", "contrastive loss; ce: cross-entropy alone", ["ce", "sc", "psc", "dscl"])
+    imb: float = setting(100.0, "images of the largest class over those of the smallest, to which images are removed; 1: all "
+                         "are kept", low=1)
+    method: str = setting("dscl", "contrastive loss: supervised, prototypical or decoupled; ce: cross-entropy alone",
+                          ["ce", "sc", "psc", "dscl"])
     data: str = setting("data", "folder of the downloaded data sets, or of the image files")
     train_list: str = setting("", "folder: a file with lines 'path label', the paths below --data; empty: class folders")
-    test_list: str = setting("", "folder: the same of the test images")
+    test_list: str = setting("", "folder: the same for the test images")
     workers: int = setting(min(4, os.cpu_count() or 1), "processes that read image files", low=0)
     out: str = setting("", "folder of the run; empty: a new one under runs/")
     net: str = setting("resnet32", "backbone", ltcl.NETS)
     hidden: int = setting(512, "width of the projection head's hidden layer", low=1, high=65536)
     dim: int = setting(128, "dimensions of the embeddings", low=2, high=65536)
     epochs: int = setting(200, "passes over the training set", low=1, high=10 ** 6)
-    batch_size: int = setting(512, "images a step, in each branch", low=1)
+    batch_size: int = setting(512, "images per step in each branch (contrast, classifier), of all processes together", low=1)
     lr: float = setting(0.5, "peak learning rate of SGD", low=TINY, high=10 ** 6)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=BELOW_ONE)
     weight_decay: float = setting(1e-4, "L2 penalty, but not in a second stage", low=0, high=10 ** 6)
@@ -82,7 +92,7 @@ class Config:
     tau: float = setting(0.1, "temperature of the contrastive loss", low=TINY)
     alpha: float = setting(0.1, "DSCL's weight of the augmentation", low=0, high=1)
     pbsd: float = setting(1.5, "weight of patch-based self-distillation beside the contrastive loss; 0: none", low=0)
-    patches: int = setting(5, "patches an image", low=1, high=1000)
+    patches: int = setting(5, "patches per image", low=1, high=1000)
     patch_size: int = setting(0, "side of the resized patches in pixels; 0: half the view's, with --aug resized 2/7", low=0,
                               high=1024)
     box_scale: str = setting("area", "a patch is 0.05-0.6 of the view's area [D, code] or side [D, supplement]",
@@ -92,27 +102,28 @@ class Config:
     experts: int = setting(1, "copies of the last stage and the heads, logits averaged", low=1, high=100)
     classifier: str = setting("auto", "its batches: instance-balanced; class-balanced [H]; logit-adjusted: instance-balanced, "
                               "the log of the class sizes added to the logits (Menon et al. 2021); auto: class-balanced, "
-                              "for ce in a second stage alone",
+                              "but for ce instance-balanced until a second stage",
                               ["auto", "instance-balanced", "class-balanced", "logit-adjusted"])
-    adjust: float = setting(1.0, "logit-adjusted: times the log of the class sizes; above 1 leans to the tail", low=0)
-    classifier_views: int = setting(1, "views a step of each of the classifier's images: batch augmentation (Hoffer et al. 2020)",
-                                    low=1, high=100)
-    logits: str = setting("linear", "of the classifier: linear, or cosines times 30", ["linear", "cosine"])
+    adjust: float = setting(1.0, "logit-adjusted: factor of the log of the class sizes; above 1 leans to the tail", low=0)
+    classifier_views: int = setting(1, "views per step of each of the classifier's images: batch augmentation (Hoffer et al. "
+                                    "2020)", low=1, high=100)
+    logits: str = setting("linear", "the classifier's: linear, or cosines times 30", ["linear", "cosine"])
     average: float = setting(0.0, "decay of the averaged weights that are evaluated; 0: the last ones", low=0, high=BELOW_ONE)
     holdout: float = setting(0.0, "share of each training class that takes the test set's place: to choose settings by, or "
                              "where there is none", low=0, high=0.9)
-    recipe: str = setting("paper", "paper: the paper's settings; record: those of the records on CIFAR", ["paper", "record"])
+    recipe: str = setting("paper", "paper: the paper's settings; record: strong views, logit adjustment and more, after ProCo "
+                          "and BCL", ["paper", "record"])
     curriculum: str = setting("parabolic", "contrast weight over the epochs", list(ltcl.CURRICULA))
     stage2_epochs: int = setting(40, "two-stage: epochs of the classifier", low=1, high=10 ** 6)
-    stage2_batch: int = setting(128, "two-stage: its batch", low=1)
-    stage2_lr: float = setting(0.1, "two-stage: its learning rate, x0.1 after a half and three quarters", low=TINY,
-                               high=10 ** 6)
+    stage2_batch: int = setting(128, "two-stage: images per step of the second stage", low=1)
+    stage2_lr: float = setting(0.1, "two-stage: learning rate of the second stage, x0.1 after a half and three quarters",
+                               low=TINY, high=10 ** 6)
     aug: str = setting("auto", "crop: padded crop, flip, grayscale [H]; resized: resized crop, colours, blur [D]; strong: "
                        "resized crop and colours, for the classifier TrivialAugment and Cutout; auto: resized for image files, "
-                       "else crop",
+                       "but small ones of one size, else crop",
                        ["auto", "crop", "resized", "strong"])
     size: int = setting(224, "side of the resized views of image files in pixels; they are read at 8/7 of it, which other "
-                        "views keep", low=8, high=8192)
+                        "views keep; small ones of one size keep theirs", low=8, high=8192)
     save_every: int = setting(1, "epochs between two saves of last.pt; long epochs are saved every ten minutes as well", low=1)
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch always has one", low=1)
     seed: int = setting(0, "seed of weights, batches and views; the long tail's own split is fixed", low=0, high=2 ** 63 - 1)
@@ -125,7 +136,7 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             name, value, m = flag(f.name), getattr(self, f.name), f.metadata
-            if f.type is float and isinstance(value, int | float) and type(value) is not bool:     # numpy's are floats, too
+            if f.type is float and isinstance(value, int | float) and type(value) is not bool:     # np.float64 is a float, too
                 setattr(self, f.name, value := float(value))
             ltcl.require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
             ltcl.require(not m["choices"] or value in m["choices"],
@@ -153,8 +164,8 @@ class Config:
         return config
 
     def refuse_idle(self, changed, two_stage):
-        """Refuse the names of settings that have no meaning beside the others. two_stage: the curriculum is, or the one
-        that it replaces."""
+        """Refuse changed settings that have no meaning beside the others. two_stage: the curriculum, or the one that it
+        replaces, is two-stage."""
         method, patches = f"--method {self.method}", {"patches", "patch_size", "box_scale"}
         without_files = f"--dataset {self.dataset} (for image files take --dataset folder)"
         for idle, names, action in (
@@ -185,8 +196,9 @@ PRESETS = {
     "imagenet_lt dscl": MEMORY,
     "inat18": IMAGENET | dict(train_list="iNaturalist18_train.txt", test_list="iNaturalist18_val.txt"),
     "inat18 dscl": MEMORY,
+    # weight 0.5 halves both losses: the same as lr 0.15 and weight decay 5e-4 on whole ones
     "record": dict(aug="strong", classifier="logit-adjusted", curriculum="constant", batch_size=256, schedule="cosine",
-                   lr=0.3, weight_decay=2.5e-4, tau=0.1),   # weight 0.5 halves both losses: as lr 0.15, 5e-4 and whole ones
+                   lr=0.3, weight_decay=2.5e-4, tau=0.1),
     "cifar10 record": dict(adjust=1.5),     # found on held-out images at imbalance 100
     "ce": dict(pbsd=0.0), "sc": dict(pbsd=0.0), "psc": dict(pbsd=0.0),
 }
@@ -200,27 +212,31 @@ USEFUL = {"eval": {"dataset", "data", "train_list", "test_list", "workers", "dev
 
 def read_arguments(argv):
     """What is to be done, and the settings that are given on the command line, {field: value}."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, epilog="In [] at the end: the default, then what a "
+                                     "data set, method or recipe has in its place; of several the last one counts. 'folder:' "
+                                     "and the like: with that choice alone. [H] and [D]: the two papers, see README.md.")
     parser.error = lambda message: ltcl.require(False, f"{message}; python train.py --help lists the flags")
-    one_of = parser.add_argument_group("one of").add_mutually_exclusive_group()
+    one_of = parser.add_argument_group("what to do: one of these, or train a new run").add_mutually_exclusive_group()
     one_of.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out; with its settings, start it if there is none")
+                        help="go on with the run in --out; if there is none and settings are given, start it")
     one_of.add_argument("--seeds", metavar="S", type=int, nargs="+",
-                        help="one run a seed, in OUT-seedS; those that were stopped go on")
+                        help="one run per seed, in OUT-seedS; those that were stopped go on")
     one_of.add_argument("--eval", metavar="RUN", type=Path, help="accuracy of a trained run: its folder or a .pt file")
     one_of.add_argument("--predict", metavar=("RUN", "IMAGE"), nargs="+", help="the likeliest classes of your own pictures")
-    one_of.add_argument("--report", metavar="RUN", type=Path, nargs="+", help="draw runs side by side (needs matplotlib)")
-    one_of.add_argument("--tables", metavar="FILE", type=Path, help="the tables of a file of --results, as Markdown")
+    one_of.add_argument("--report", metavar="RUN", type=Path, nargs="+",
+                        help="draw runs side by side into report.png in the first one's folder (needs matplotlib)")
+    one_of.add_argument("--tables", metavar="FILE", type=Path, help="print a file of --results as Markdown tables")
     parser.add_argument("--results", metavar="FILE", type=Path,
                         help="add a row for each run to a .csv file; runs that it has are skipped")
     parser.add_argument("--per-class", action="store_true", help="with --eval: the accuracy of each class")
-    parser.add_argument("--quiet", action="store_true", help="print the result alone")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone, and warnings")
+    settings = parser.add_argument_group("settings of a run")
     for f in fields(Config):
         presets = [f"{name}: {preset[f.name]}" for name, preset in PRESETS.items() if f.name in preset]
         choices = ", ".join(f.metadata["choices"])
-        parser.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']}{choices and f' ({choices})'} "
-                                 f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
+        settings.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
+                              help=f"{f.metadata['help']}{choices and f' ({choices})'} "
+                                   f"[{'; '.join([str(f.default) or 'empty', *presets])}]")
     do = parser.parse_args(argv)
     given = {f.name: getattr(do, f.name) for f in fields(Config) if f.name in do}
     for action, useful in USEFUL.items():
@@ -234,14 +250,8 @@ def read_arguments(argv):
 
 # --- going on with a run -----------------------------------------------------------------------
 
-NO_MATTER = {"out", "data", "train_list", "test_list", "workers", "save_every", "eval_every", "timeout"}
-ROUNDING = {"device", "compile", "amp", "batchnorm"}    # the run goes on, with other last digits
-
-
-def say(text):
-    """To the user, once: of several processes the first one does."""
-    if RANK == 0:
-        print(text, file=sys.stderr)
+NO_MATTER = {"out", "data", "train_list", "test_list", "workers", "save_every", "eval_every", "timeout"}   # to the training
+MAY_CHANGE = {"device", "compile", "amp", "batchnorm"}  # when a run goes on: where and how it computes, with other digits
 
 
 def saved(run):
@@ -259,8 +269,13 @@ def course(c, epochs):
             for t in range(1, 100 * epochs + 1)]
 
 
-def refuse_another_run(old, new, given, began, out):
-    """Refuse what is given anew where the run in out, of which so many epochs have begun, would be another one."""
+def epochs_begun(state):
+    """Of both stages, the one in work among them."""
+    return state["epoch"] + bool(state["history"])
+
+
+def refuse_another_run(old, new, given, begun, out):
+    """Refuse given settings that would change what the run in out has trained in the epochs begun."""
     notes = []
     for name in given:
         a, b = getattr(old, name), getattr(new, name)
@@ -268,19 +283,19 @@ def refuse_another_run(old, new, given, began, out):
         if a == b or name in NO_MATTER or moved:
             continue
         if name in ("epochs", "stage2_epochs"):
-            ltcl.require(course(old, began) == course(new, began), f"{flag(name)} {b}: the epochs begun with {a} ({began}) "
-                         "would have had another learning rate or contrast weight: start a new run")
+            ltcl.require(course(old, begun) == course(new, begun), f"{flag(name)} {b}: the run was begun with {a}, its epochs so "
+                         f"far ({begun}) would have had another learning rate or contrast weight: start a new run")
         else:
-            ltcl.require(name in ROUNDING, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: take that to go on, "
+            ltcl.require(name in MAY_CHANGE, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: take that to go on, "
                          "or start a new run in another folder with --out")
-        notes.append(f"note: {flag(name)} goes from {a} to {b}" + (": the last digits change" if name in ROUNDING else ""))
+        notes.append(f"note: {flag(name)} goes from {a} to {b}" + (": the numbers may differ" if name in MAY_CHANGE else ""))
     for note in notes:                                  # now that nothing is refused
         say(note)
 
 
 def opened(given, go_on):
-    """The settings of a run and its saved state, None for a new one. With go_on, where --out holds a run, it is that
-    one with what is given anew. Raises InputError for a setting that would make it another run."""
+    """The settings of the run to train and its saved state, None to start it. With go_on a run in --out goes on, with what is
+    given changed. Raises InputError for a setting that would make it another run."""
     out = given.get("out", "")
     ltcl.require(not os.path.isfile(out), f"--out {out} is a file: name a folder")
     held = next((name for name in ("last.pt", "log.jsonl", "config.json") if out and Path(out, name).exists()), "")
@@ -288,22 +303,22 @@ def opened(given, go_on):
     ltcl.require(go_on or not held, f"--out {out} already holds a run: name another folder, or go on with it: "
                  f"--resume --out {out}")
     if not held:
-        ltcl.require(not go_on or out and given.keys() - NO_MATTER - ROUNDING - {"epochs", "stage2_epochs"},
+        ltcl.require(not go_on or out and given.keys() - NO_MATTER - MAY_CHANGE - {"epochs", "stage2_epochs"},
                      f"--resume: --out {out!r} holds no run: name the folder of one, or give a new one --dataset too")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
-    new, began = replace(old, **given), state["epoch"] + bool(state["history"])         # epochs begun
-    if len(given) < len(fields(Config)):                # all of a seed's run: what was typed of them was looked at before
+    new, begun = replace(old, **given), epochs_begun(state)
+    if len(given) < len(fields(Config)):                # --seeds gives all: of_each_seed() has refused the idle ones
         new.refuse_idle({name for name in given.keys() - NO_MATTER if given[name] != getattr(old, name)},
                         "two-stage" in (old.curriculum, new.curriculum))
-    presets = (old.dataset, old.method, old.recipe) != (new.dataset, new.method, new.recipe)
-    if not began and not presets:                       # saved at its start alone: other settings lose nothing
+    other_presets = (old.dataset, old.method, old.recipe) != (new.dataset, new.method, new.recipe)
+    if not begun and not other_presets:                 # no step is done: it starts again, with other settings
         return new, None
-    refuse_another_run(old, new, given, began, out)
+    refuse_another_run(old, new, given, begun, out)
     if state["ranks"] != RANKS:
         say(f"note: the run had {state['ranks']} processes so far, now {RANKS}: they share batches and BatchNorm's statistics "
-            "otherwise")
+            "differently")
     return new, state
 
 
@@ -311,12 +326,12 @@ STOP = signal.SIGINT, signal.SIGTERM                    # Ctrl-C, and what a job
 
 
 class Stopped(Exception):
-    """By a signal, its number and the run's folder the arguments; everything is saved."""
+    """A signal stopped the run, and all is saved. Its arguments: the signal's number, the run's folder."""
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that will hold the signal that asks to stop. A second one ends the program at once."""
+    """A list that will hold the signal that asks to stop. In a run of one process a second one ends it at once."""
     met = []
 
     def ask(number, _):
@@ -394,6 +409,7 @@ def save_views(trainer, path, columns=20, rows=8):
     torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=len(order), padding=4, pad_value=1)
 
 
+# a line of log.jsonl, None where nothing was measured
 EPOCH = dict.fromkeys(("epoch", "loss", "loss_contrast", "loss_pbsd", "loss_ce", "contrast_weight", "lr", "cos_positive",
                        "cos_negative", "spread", "top1", "balanced", "many", "medium", "few", "seconds"))
 SAVE_SECONDS = 600                                      # an epoch that takes longer is saved on the way
@@ -401,14 +417,14 @@ SAVE_SECONDS = 600                                      # an epoch that takes lo
 
 def keep_memory():
     """Large tensors that are freed stay with the process. glibc hands them back to the system, and to get new pages
-    for the next ones takes up to a third of a CPU's step at batch 512 (other C libraries: nothing happens)."""
+    for the next ones takes up to a third of the time of a CPU's step at batch 512 (other C libraries: nothing happens)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         for parameter, value in ((-1, -1), (-4, 0)):    # M_TRIM_THRESHOLD and M_MMAP_MAX, malloc.h's numbers
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def make_trainer(config, state):
-    """The trainer with its data, in the state where that isn't None."""
+    """The trainer with its data, in this state unless it is None."""
     if ltcl.pick_device(config.device).type == "cpu":
         keep_memory()
     if RANK > 0:                                        # the first process may have to download
@@ -416,7 +432,7 @@ def make_trainer(config, state):
     data = ltcl.load_dataset(config.dataset, config.data, config.train_list, config.test_list, config.holdout)
     if RANK == 0 and RANKS > 1:
         dist.all_reduce(torch.zeros(1))
-    torch.backends.cudnn.benchmark = True               # a run's batches are all of one shape
+    torch.backends.cudnn.benchmark = True               # training batches keep their shape
     trainer = ltcl.Trainer(config, data)
     if state:
         trainer.load_state_dict(state)
@@ -424,12 +440,13 @@ def make_trainer(config, state):
 
 
 class Run:
-    """A trainer and its folder: config.json, views.png, log.jsonl (an object an epoch) and last.pt. state: what that held."""
+    """A trainer and its folder: config.json, views.png, log.jsonl (one object per epoch) and last.pt. state: what that holds
+    of a run that goes on, None for a new one."""
 
     def __init__(self, config, state):
         print(textwrap.fill(" ".join(f"{name}={value}" for name, value in asdict(config).items()), 120))
         t = self.trainer = make_trainer(config, state)
-        self.log = state["log"] if state else []        # an object an epoch
+        self.log = state["log"] if state else []        # one object per epoch
         self.elapsed = state["elapsed"] if state else 0     # seconds of this epoch before it was stopped
         self.shown = time.time()
         if state and (began_on := state.get("device", t.device.type)) != t.device.type:     # auto may find another
@@ -439,12 +456,17 @@ class Run:
             config.out = str(self.out)
             if not state:
                 save_views(t, self.out / "views.png")
-        self.save()                                     # also of a new run: whatever happens, it can be gone on with
+        self.save()                                     # also of a new run: whatever happens, it can be resumed
         if RANK == 0:                                   # after last.pt: a folder with it alone would be refused
             ltcl.write_whole(self.out / "config.json", json.dumps(asdict(config), indent=1).encode())
         print(f"{len(t.y)} training images in {len(t.counts)} classes of {t.counts.max()} to {t.counts.min()}, "
               f"{len(t.y_test)} test images; views of {t.size[0]} x {t.size[1]} pixels; on {t.device}; into {config.out}"
               + (f"; {t.epoch} of {t.epochs} epochs are done" if state else ""), flush=True)
+        self.warn()
+
+    def warn(self):
+        """Of settings that run but seldom do what is wanted."""
+        t, config = self.trainer, self.trainer.config
         if config.imb > 1 and (t.counts.diff() > 0).any():
             say("warning: --imb thins the classes from the first, as the head, to the last, but some have too few images for "
                 "their place: --imb 1 takes all images as they are")
@@ -471,7 +493,7 @@ class Run:
             ltcl.write_whole(self.out / "last.pt", content.getbuffer())
             ltcl.write_whole(self.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log).encode())
 
-    def left(self, part=0.0, seconds=0.0):              # part: the share done of the epoch in work, and what it took
+    def left(self, part=0.0, seconds=0.0):              # part: the share done of the epoch in work; seconds: what that took
         recent = [record["seconds"] for record in self.log[-10:]]       # earlier ones may be another machine's
         pace = (sum(recent) + seconds) / (len(recent) + part)
         return f"{pace * (self.trainer.epochs - self.trainer.epoch - part) / 60:.1f} min left"
@@ -538,7 +560,7 @@ def print_table(title, accuracy, counts):
 
 
 def run_title(trainer):
-    """With the imbalance that the training images have, thinned or not."""
+    """One line on the run, with the imbalance that its training images have, thinned or not."""
     c, n = trainer.config, trainer.counts
     held_out = f", held-out {c.holdout:g} as test set" if c.holdout else ""
     return f"{c.method} on {data_name(c)}, imbalance {n.max() / n.min():.4g}, {c.net}, seed {c.seed}{held_out}"
@@ -554,8 +576,9 @@ def print_result(trainer, seconds):
 # --- using what was trained --------------------------------------------------------------------
 
 def warn_untrained(state):
-    c, begun = state["config"], state["epoch"] + bool(state["history"])     # epochs begun, of both stages
-    if all(c["method"] != "ce" and ltcl.contrast_weight(epoch, c["epochs"], c["curriculum"]) == 1 for epoch in range(begun)):
+    c = state["config"]
+    if all(c["method"] != "ce" and ltcl.contrast_weight(epoch, c["epochs"], c["curriculum"]) == 1
+           for epoch in range(epochs_begun(state))):
         say("warning: no epoch has trained the classifier yet: its weights are random")
 
 
@@ -563,7 +586,7 @@ def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
     state, config = saved(run)
     refuse({"test_list"} & given.keys() if config.holdout else (), "--eval of a run with --holdout")
-    config = replace(config, batchnorm="local", compile="off", **given)     # neither matters here
+    config = replace(config, batchnorm="local", compile="off", **given)     # those two don't matter here
     config.refuse_idle({"data"} & given.keys(), two_stage=False)
     trainer = make_trainer(config, state)
     accuracy = trainer.evaluate()
@@ -595,7 +618,7 @@ def predict(run, pictures, given):
 
 
 LOSSES = dict(loss="loss", loss_contrast="contrast", loss_pbsd="PBSD", loss_ce="cross-entropy", contrast_weight="contrast weight")
-ACCURACIES = dict(top1="all", many="many", medium="medium", few="few")          # what is drawn, and its label
+ACCURACIES = dict(top1="all", many="many", medium="medium", few="few")          # what is drawn and its label, in SCORES' order
 
 
 def report(runs):
@@ -634,20 +657,20 @@ def report(runs):
     print(f"drawn in {runs[0] / 'report.png'}")
 
 
-# --- results: a row a run, and tables of them --------------------------------------------------
+# --- results: one row per run, and tables of them ----------------------------------------------
 
 KEY, SCORES = ("dataset", "imb", "method", "settings", "seed", "epochs"), ("top-1", "many", "medium", "few")
 COLUMNS = (*KEY, *SCORES, "seconds", "hardware", "commit")      # of a row, a list of strings
 
 
 def settings_text(config):
-    """The flags by which a run's settings differ from the presets, as they are typed."""
+    """The flags by which a run's settings differ from the presets, as they are typed; --recipe record is one of them."""
     preset = replace(Config.of(dataset=config.dataset, method=config.method, recipe=config.recipe), recipe="paper")
-    others = {*KEY, "device", "compile", "amp"} | NO_MATTER - {"train_list", "test_list"}   # other files are another data set
+    left_out = {*KEY, "device", "compile", "amp"} | NO_MATTER - {"train_list", "test_list"}   # other files are another data set
     if config.dataset == "folder":                      # and so is another folder
-        others -= {"data"}
+        left_out -= {"data"}
     return " ".join(f"{flag(name)} {shlex.quote(f'{value:.12g}' if isinstance(value, float) else str(value))}"
-                    for name, value in asdict(config).items() if name not in others and value != getattr(preset, name))
+                    for name, value in asdict(config).items() if name not in left_out and value != getattr(preset, name))
 
 
 def run_key(config):
@@ -655,21 +678,27 @@ def run_key(config):
     return config.dataset, f"{config.imb:.12g}", config.method, settings_text(config), str(config.seed), str(config.epochs)
 
 
-def result_row(trainer, seconds):
-    threads, commit = torch.get_num_threads(), ""
-    hardware = f"{threads} thread" + ("s" if threads > 1 else "")
+def hardware(trainer):
+    """What a run trained on, as a text."""
+    threads = torch.get_num_threads()
+    text = f"{threads} thread" + ("s" if threads > 1 else "")
     with contextlib.suppress(OSError, StopIteration):   # Linux alone tells the name of its processor
         line = next(line for line in open("/proc/cpuinfo") if "model name" in line)
-        hardware = f"{line.partition(': ')[2].strip()}, {hardware}"
+        text = f"{line.partition(': ')[2].strip()}, {text}"
     if trainer.device.type == "cuda":
-        hardware = f"{trainer.ranks} x {torch.cuda.get_device_name(trainer.device)}"
-    hardware += f", torch {torch.__version__}, {trainer.net.amp or torch.float32}".replace("torch.", "")
-    hardware += ", compiled" if trainer.config.compile == "on" else ""
+        text = f"{trainer.ranks} x {torch.cuda.get_device_name(trainer.device)}"
+    text += f", torch {torch.__version__}, {trainer.net.amp or torch.float32}".replace("torch.", "")
+    return text + (", compiled" if trainer.config.compile == "on" else "")
+
+
+def result_row(trainer, seconds):
+    """COLUMNS of a run that is done."""
+    commit = ""
     with contextlib.suppress(OSError):                  # no git
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    accuracy = [trainer.evaluated[name] for name in ACCURACIES]
-    return [*run_key(trainer.config), *("" if a is None else f"{a:.2f}" for a in accuracy), f"{seconds:.0f}", hardware, commit]
+    scores = ["" if (a := trainer.evaluated[name]) is None else f"{a:.2f}" for name in ACCURACIES]
+    return [*run_key(trainer.config), *scores, f"{seconds:.0f}", hardware(trainer), commit]
 
 
 def read_results(path):
@@ -679,22 +708,23 @@ def read_results(path):
                      "another file")
         return []
     try:
-        # a spreadsheet may have put a mark at its head
+        # a spreadsheet may have put a mark at its start
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            head, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
-        for row in rows:                                # a score may be missing, seconds not
-            numbers = [float(number) for number in [*filter(None, row[len(KEY):-3]), *row[-3:-2]]]
-            ltcl.require(all(map(math.isfinite, numbers)), "a score in it is not finite")
+            header, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): give --results or --tables another") from None
-    ltcl.require(tuple(head) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
+    ltcl.require(tuple(header) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
                  f"{path} is no file of results, which has the columns {', '.join(COLUMNS)}")
+    for row in rows:                                    # a score may be missing, seconds not
+        numbers = [*filter(None, row[len(KEY):-3]), row[-3]]
+        ltcl.require(all(number.replace(".", "", 1).isdecimal() for number in numbers),
+                     f"{path}: scores or seconds of the row {','.join(row)} are not finite numbers: mend it, or take it out")
     return rows
 
 
 def add_results(path, rows):
-    """Append the rows of runs, below a head if the file is new. Commands side by side may write into one file: each
-    begins by adding none, so that the head is there long before the first row."""
+    """Append the rows of runs, below a header if the file is new. Commands side by side may write into one file: each
+    begins by adding none, so that the header is there long before the first row."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -710,13 +740,14 @@ def add_results(path, rows):
                               "--resume adds the row of a run that is done") from None
 
 
-def spread(values):
+def mean_and_deviation(values):
     """Mean ± standard deviation of numbers as text; n/a where there are none."""
     values = [float(v) for v in values if v]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}" if values else "n/a"
 
 
+# the settings are as settings_text() writes them, in the order of Config's fields
 GRID = [("ce", ""), ("ce", "--classifier class-balanced"), ("ce", "--classifier logit-adjusted"), ("sc", ""),
         ("sc", "--classifier logit-adjusted"), ("psc", ""), ("dscl", "--pbsd 0"), ("dscl", ""),
         ("dscl", "--classifier logit-adjusted"), ("ce", "--classifier class-balanced --aug strong"), ("sc", "--aug strong"),
@@ -733,7 +764,7 @@ def tables(rows):
         text += [f"**{dataset}, {'all images' if imb == '1' else f'imbalance {imb}'}**", "",
                  "| method | settings | epochs | top-1 | many | medium | few | seeds |", "|---" * 8 + "|"]
         for (method, settings, epochs), same in runs.items():
-            means = " | ".join(map(spread, zip(*same)))
+            means = " | ".join(map(mean_and_deviation, zip(*same)))
             text.append(f"| {method} | {settings and f'`{settings}`'} | {epochs} | {means} | {len(same)} |")
         text.append("")
     columns = [(dataset, imb) for dataset in ("cifar10", "cifar100") for imb in ("100", "50", "10")]
@@ -742,7 +773,7 @@ def tables(rows):
         heads = " | ".join(f"{dataset}, imb {imb}" for dataset, imb in columns)
         text += ["**ResNet-32, 200 epochs, top-1**", "", f"| method | settings | {heads} |", "|---" * 8 + "|"]
         for (method, settings), found in zip(GRID, grid):
-            cells = [spread([top1 for top1, *_ in same]) if same else "not run" for same in found]
+            cells = [mean_and_deviation([top1 for top1, *_ in same]) if same else "not run" for same in found]
             text.append(f"| {method} | {settings and f'`{settings}`'} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -750,7 +781,7 @@ def tables(rows):
 # --- main --------------------------------------------------------------------------------------
 
 def connect(config):
-    """With the other processes of the run, which torchrun has started; the first one alone prints."""
+    """Join the other processes of the run, which torchrun has started; the first one alone prints."""
     backend, local = "gloo", int(os.environ.get("LOCAL_RANK", 0))
     ltcl.require(config.device in ("auto", "cpu", "cuda"), f"--device {config.device}: with torchrun each process takes its own "
                  "GPU with --device cuda")
@@ -765,13 +796,14 @@ def connect(config):
 
 
 def of_each_seed(given, seeds):
-    """The settings of a run a seed, each in a folder of its own, which the same command finds again."""
+    """The settings of one run per seed, each in a folder of its own, which the same command finds again."""
     config = Config.of(**given)
     out = Path(config.out or f"runs/{run_name(config)}-{zlib.crc32(repr(run_key(config)).encode()):08x}")
     return [replace(config, seed=seed, out=f"{out}-seed{seed}") for seed in dict.fromkeys(seeds)]
 
 
 def train_all(do, given):
+    """Train the run, or one per seed, and add their rows to --results."""
     done = {tuple(row[:len(KEY)]): row for row in read_results(do.results)} if do.results else {}
     if do.seeds:
         configs = of_each_seed(given, do.seeds)
@@ -801,7 +833,7 @@ def train_all(do, given):
     if len(rows) > 1:
         columns = dict(zip(COLUMNS, zip(*rows)))
         print(f"\nseeds {', '.join(columns['seed'])}: mean ± standard deviation of "
-              + ", ".join(f"{name} {spread(columns[name])}" for name in SCORES))
+              + ", ".join(f"{name} {mean_and_deviation(columns[name])}" for name in SCORES))
     if RANKS > 1:
         dist.destroy_process_group()
 
@@ -832,7 +864,7 @@ def main(argv=None):
     except BrokenPipeError:                             # the reader has enough, as head
         return 141                                      # as a shell has it
     except KeyboardInterrupt:
-        message, status = "stopped where no training was under way", 130
+        message, status = "stopped while no training was under way", 130
     except (ltcl.InputError, OSError, MemoryError, RuntimeError) as error:
         text, status = str(error), 2
         if "DataLoader worker" in text:
@@ -845,10 +877,10 @@ def main(argv=None):
                                   "start all again" + (": repeat the command" if do.seeds else
                                                        ", with --resume --out and the run's folder"))
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):   # most often no C++ compiler
-            message = f"error: --compile on does not work here ({ltcl.first_line(error)}): leave it out"
+            message = f"error: --compile on does not work here ({ltcl.first_line(error)}): take --compile off"
         elif (isinstance(error, MemoryError) or "allocate" in text or "out of memory" in text
               or "calculation overflowed" in text):     # torch's words
-            message = "error: too little memory: take a smaller --batch-size, --size or --queue, or --device cpu"
+            message = "error: too little memory: take --device cpu, or train with a smaller --batch-size, --size or --queue"
         else:
             raise
     live("")
