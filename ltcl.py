@@ -1,8 +1,9 @@
 """ltcl: long-tailed contrastive learning in one file.
 
 Real data has a long tail: a few classes with many images, most with a handful.
-Two papers learn better features for it by contrast, and this file implements both, from pixels
-to accuracy by class size, on a CPU or a GPU (what was measured: README):
+Two papers learn better features for it by contrast, and this file implements both, from pixels to accuracy by class size,
+on a CPU or a GPU. With DSCL+PBSD and --recipe record a plain ResNet-32 has 86.9 ± 0.1 % on CIFAR-10-LT and 52.7 ± 0.3 on
+CIFAR-100-LT at imbalance 100 (the last of 200 epochs, three runs each; hardware, the papers' own settings and what was tuned: README).
 
 [H] Wang, Han, Wei, Zhang, Wang. Contrastive Learning based Hybrid Networks for
     Long-Tailed Image Classification. CVPR 2021, arXiv 2103.14267.
@@ -17,7 +18,7 @@ config, are train.Config, a field a flag with its help; lambda, PBSD's weight, i
 Notation.  x: images [B,3,H,W].  y: labels.  z, q, k: embeddings [B,D] of length 1, q the anchors' (queries), k their
 augmentations' (keys).  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
 B: rows (images, or all their views, stacked).  C: classes.  D: embedding dimensions.  K: rows in memory, the queue.
-L: patches an image.  V: the classifier's views an image.  E: experts.  P_i: the positives of anchor i, its augmentation
+L: patches per image.  V: the classifier's views per image.  E: experts.  P_i: the positives of anchor i, its augmentation
 one of them in SC but not in DSCL; P in code: their number.  alpha: [D]'s weight of the augmentation ([H]'s alpha, the
 curriculum's coefficient, is called the contrast weight here).  size: [h,w] of a view or patch, or one number for both.
 rng: a torch.Generator (numpy's where said).
@@ -367,7 +368,7 @@ class Hybrid(nn.Module):
         # set by Trainer and load(): pictures are resized to stored [h,w], of which size [h,w] is cut
         self.class_names = self.counts = self.stored = self.size = None
         for m in batchnorms(self):
-            m.num_batches_tracked = None                # counting costs a kernel launch a layer, nothing reads it
+            m.num_batches_tracked = None                # counting costs a kernel launch per layer, nothing reads it
 
     def maps(self, x):
         """Each expert's feature map, float32 [B,width,h,w]."""
@@ -599,7 +600,7 @@ class Trainer:
         two_stage = c.curriculum == "two-stage"
         for flag, n in (("--batch-size", c.batch_size), ("--stage2-batch", c.stage2_batch if two_stage else 0)):
             require(n % self.ranks == 0, f"{flag} {n} can't be shared by {self.ranks} processes: take a multiple of {self.ranks}")
-        require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images a process or more")
+        require(c.batch_size >= 2 * self.ranks, f"--batch-size {c.batch_size}: BatchNorm needs two images per process or more")
         self.epoch = 0                                  # epochs done
         self.epochs = c.epochs + (c.stage2_epochs if two_stage else 0)
         self.history = []                               # of the steps done in this epoch: [parts] each, the loss first

@@ -2004,7 +2004,7 @@ def test_a_batch_that_two_processes_cannot_share(monkeypatch):
     for settings in (dict(batch_size=7), dict(curriculum="two-stage", stage2_batch=7)):
         with pytest.raises(ltcl.InputError, match="7 can't be shared by 2 processes"):
             tiny_trainer(**settings)
-    with pytest.raises(ltcl.InputError, match="two images a process"):
+    with pytest.raises(ltcl.InputError, match="two images per process"):
         tiny_trainer(batch_size=2)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(ltcl.InputError, match="--batch-size 8"):
@@ -2429,6 +2429,11 @@ def test_the_readmes_tables_are_those_of_the_rows():
         assert train.tables(train.read_results(HERE / "data" / name)).strip() in readme
     methods = " ".join(f'"{method} {settings}'.rstrip() + '"' for method, settings in train.GRID)
     assert f"for method in {methods}; do" in readme     # the command that runs the grid runs all of the table's rows
+    record = [row for row in train.read_results(HERE / "data" / "results.csv")
+              if row[1:4] == ["100", "dscl", "--recipe record"] and row[5] == "200"]
+    for dataset in ("cifar10", "cifar100"):             # the first lines' claim, and the first screen's
+        top1 = train.mean_and_deviation([row[6] for row in record if row[0] == dataset])
+        assert f"{top1} " in ltcl.__doc__.replace("\n", " ") and f"| {top1} |" in readme.partition("## Try it")[0]
 
 
 # --- downloads, with torchvision's class stood in for ----------------------------------------
