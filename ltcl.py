@@ -3,7 +3,7 @@
 Real data has a long tail: a few classes with many images, most with a handful.
 Two papers learn better features for it by contrast, and this file implements both, from pixels to accuracy by class size,
 on a CPU or a GPU. With DSCL+PBSD and --recipe record a plain ResNet-32 has 86.9 ± 0.1 % on CIFAR-10-LT and 52.7 ± 0.3 on
-CIFAR-100-LT at imbalance 100 (the last of 200 epochs, three runs each; hardware, the papers' own settings and what was tuned: README).
+CIFAR-100-LT at imbalance 100 (the last of 200 epochs, three runs each; hardware, tuning and the papers' own settings: README).
 
 [H] Wang, Han, Wei, Zhang, Wang. Contrastive Learning based Hybrid Networks for
     Long-Tailed Image Classification. CVPR 2021, arXiv 2103.14267.
