@@ -304,7 +304,7 @@ def opened(given, go_on):
                  f"--resume --out {out}")
     if not held:
         ltcl.require(not go_on or out and given.keys() - NO_MATTER - MAY_CHANGE - {"epochs", "stage2_epochs"},
-                     f"--resume: --out {out!r} holds no run: name the folder of one, or give a new one --dataset too")
+                     f"--resume: --out {out!r} holds no run: name the folder of one, or give the settings of a new one")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
