@@ -251,7 +251,7 @@ def read_arguments(argv):
 # --- going on with a run -----------------------------------------------------------------------
 
 NO_MATTER = {"out", "data", "train_list", "test_list", "workers", "save_every", "eval_every", "timeout"}   # to the training
-MAY_CHANGE = {"device", "compile", "amp", "batchnorm"}  # when a run goes on: where and how it computes, with other digits
+MAY_CHANGE = {"device", "compile", "amp", "batchnorm"}  # when a run goes on: how it computes, so that its numbers differ
 
 
 def saved(run):
