@@ -237,7 +237,7 @@ def random_blur(x, rng, p=0.5, sigma=(0.1, 2.0)):
     t = torch.arange(-radius, radius + 1, device=x.device)                              # [taps]
     sigma = sigma[0] + (sigma[1] - sigma[0]) * u                                        # [B,1]
     kernel = torch.softmax(-t ** 2 / (2 * sigma ** 2), 1)                               # [B,taps] exp(-t^2/2sigma^2), of sum 1
-    kernel = torch.where(draw < p, kernel, (t == 0).float()).repeat_interleave(3, 0)  # [3*B,taps]
+    kernel = torch.where(draw < p, kernel, (t == 0).float()).repeat_interleave(3, 0)    # [3*B,taps]
     x = F.pad(x.reshape(1, 3 * B, H, W), [radius] * 4, mode="reflect")                  # every image's every colour: a channel
     x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=3 * B), kernel[:, None, None, :], groups=3 * B)
     return x.view(B, 3, H, W)
@@ -1029,6 +1029,11 @@ def read_picture(file, size=None):
     return TF.pil_to_tensor(ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR) if size else picture)
 
 
+def why_unreadable(path):
+    """What to say of a picture that read_picture() could not read."""
+    return f"{path} is not a readable image" if os.path.isfile(path) else f"{path} is no file"
+
+
 class ImageFiles(torch.utils.data.Dataset):
     """Image files of any kind as uint8 [3,h,w], the middle of each resized to size [h,w]. size None: as
     they are. Item i is (pixels, row); row is i, or, if file i cannot be read, that of the next readable
@@ -1053,8 +1058,7 @@ class ImageFiles(torch.utils.data.Dataset):
         new = {self.paths[i] for i in asked[asked != rows].tolist()} - self.unreadable
         self.unreadable |= new
         for path in sorted(new):
-            reason = "is not a readable image" if os.path.isfile(path) else "is no file"
-            print(f"warning: {path} {reason}: left out", file=sys.stderr)
+            print(f"warning: {why_unreadable(path)}: left out", file=sys.stderr)
         n = len(self.unreadable)
         require(n <= max(1, 0.01 * len(self)), f"{n} of {len(self)} image files cannot be read, more than 1 %: "
                 "mend those named above, or take them out of the folder and of a list file")

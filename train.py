@@ -608,8 +608,7 @@ def predict(run, pictures, given):
         try:
             x = net.preprocess(path)                    # [3,H,W]
         except Exception:  # whatever PIL raises
-            reason = "is not a readable image" if Path(path).is_file() else "is no file"
-            say(f"warning: {path} {reason}: skipped")
+            say(f"warning: {ltcl.why_unreadable(path)}: skipped")
             continue
         readable += 1
         likely, classes = net(x[None].to(net.mean.device))[0].softmax(0).topk(min(5, len(net.class_names)))
