@@ -2426,7 +2426,8 @@ def test_a_full_disk_leaves_no_half_row(tmp_path, text):
 def test_the_readmes_tables_are_those_of_the_rows():
     readme = (HERE / "README.md").read_text()
     for name in ("results.csv", "tuning.csv"):
-        assert train.tables(train.read_results(HERE / "data" / name)).strip() in readme
+        for table in train.tables(train.read_results(HERE / "data" / name)).split("\n\n**"):
+            assert table.strip() in readme
     methods = " ".join(f'"{method} {settings}'.rstrip() + '"' for method, settings in train.GRID)
     assert f"for method in {methods}; do" in readme     # the command that runs the grid runs all of the table's rows
     record = [row for row in train.read_results(HERE / "data" / "results.csv")
