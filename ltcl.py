@@ -1101,6 +1101,11 @@ def load_files(root, train_list, test_list, holdout):
         rows, names = [read_list(Path(name), root) for name in lists], None
         require(not holdout or len(dict(rows[0])) == len(rows[0]),
                 f"{train_list} names an image twice: --holdout could train on it and test on it: name each once")
+        for name, part in zip(lists, rows):             # test images would be missed after an epoch, no sooner
+            seen = [path for path, _ in part[::len(part) // 1000 + 1]]
+            lost = [path for path in seen if not os.path.isfile(path)]
+            require(len(lost) <= max(1, 0.01 * len(seen)), f"{name}: {len(lost)} of {len(seen)} images are no files, {lost[:1]} "
+                    "for one: --data is the folder in which its paths begin")
     else:
         held_out = root / ("train" if holdout else next((name for name in ("val", "test") if (root / name).is_dir()), "val"))
         trees = []

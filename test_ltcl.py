@@ -1538,6 +1538,9 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     old = log_of(tmp_path / "run")[-1]["top1"]
     assert titles[0] == titles[1] and f"{old:.2f}" not in titles[0]
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist", "then in --data")
+    (tmp_path / "below.txt").write_text((tmp_path / "val.txt").read_text().replace("val/", "", 2))       # before an epoch is trained
+    refused(capsys, tmp_path, [*argv[:-1], "below.txt", "--out", tmp_path / "run3"], "below.txt: 2 of 5 images are no files",
+            f"['{root}/class0/0.png']", "--data")
     (tmp_path / "train.txt").write_text(whole.replace(" ", "\t") + "\n\n")
     refused(capsys, tmp_path, [*argv[:-2], "--out", tmp_path / "run4"], "--test-list", "--holdout")
     (tmp_path / "twice.txt").write_text(whole + whole.splitlines()[-1])
