@@ -588,8 +588,9 @@ def test_blur_is_torchvisions():
     point[..., 32, 32] = 1
     centre = ltcl.random_blur(point, torch.Generator().manual_seed(0), p=1)[..., 32, 32]
     assert 0.0466 < centre.min() < 0.048 and centre.max() > 0.999       # of sigma 2 to 0.1
-    half = ltcl.random_blur(x.repeat(20, 1, 1, 1), torch.Generator().manual_seed(0))
-    assert 35 < (half == x.repeat(20, 1, 1, 1)).flatten(1).all(1).sum() < 85
+    x = x.repeat(100, 1, 1, 1)
+    half = (ltcl.random_blur(x, torch.Generator().manual_seed(0)) == x).flatten(1).all(1).float().mean()
+    assert 0.47 < half < 0.57                           # a sigma below 0.17 changes nothing
 
 
 @pytest.mark.parametrize("name, side", [("resnet8", 32), ("resnet20", 32), ("resnet18", 224)])
