@@ -678,8 +678,13 @@ def test_parameter_counts(net, parameters):             # He et al. 2016, table 
     hybrid.mean += 0.5
     hybrid.std *= 0.25
     torch.testing.assert_close(hybrid(x), expected)
-    z = hybrid.embed(hybrid.maps(torch.rand(4, 3, 64, 64)))
-    torch.testing.assert_close(z.norm(dim=2), torch.ones(1, 4))
+    maps = hybrid.maps(torch.rand(4, 3, 64, 64))
+    z, (first, norm, _, second) = hybrid.embed(maps)[0], hybrid.experts[0].head
+    hidden = F.relu(norm(first(maps[0].mean((2, 3)))))  # [4,512]
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(z, F.normalize(second(hidden), dim=1))
+    assert hidden.shape == (4, 512) and 0.2 < (hidden == 0).float().mean() < 0.8
+    torch.testing.assert_close(hybrid.experts[0].prototypes.norm(dim=1), torch.ones(10))
 
 
 def test_curricula_and_learning_rate():
