@@ -857,6 +857,19 @@ def test_the_queue_against_a_list(K):
             assert torch.equal(trainer.queue[0], torch.stack([k for k, _ in expected]))
 
 
+@pytest.mark.parametrize("ema", [0, 0.5])
+def test_the_statistics_are_of_query_against_key(ema, monkeypatch):
+    trainer, N = tiny_trainer(ema=ema, pbsd=0), 8
+    x, y, shown = trainer.x[:N], trainer.y[:N], []
+    losses, statistics = ltcl.dscl_loss, ltcl.embedding_statistics
+    monkeypatch.setattr(ltcl, "dscl_loss", lambda q, k, *rest: shown.append((q, k)) or losses(q, k, *rest))
+    parts, _ = trainer.losses(x, y, x, y)
+    q, k = shown[0]
+    expected = statistics(q, k, y)
+    assert not torch.equal(q, k) and all(torch.equal(parts[name], value) for name, value in expected.items())
+    assert parts["cos_positive"] != statistics(q, q, y)["cos_positive"]
+
+
 def test_the_queue_is_filled_after_the_loss(monkeypatch):
     trainer, seen = tiny_trainer(queue=16, epochs=1, pbsd=0.0), []
     loss = ltcl.dscl_loss
