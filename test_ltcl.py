@@ -1239,11 +1239,13 @@ def test_trainers_of_one_state_share_nothing():
     assert ltcl.first_line(ValueError("a\nb")) == "a" and ltcl.first_line(MemoryError()) == "MemoryError"     # which is mute
 
 
-def test_an_evaluation_within_an_epoch_changes_nothing():
-    plain, curious = tiny_trainer(method="sc"), tiny_trainer(method="sc")
-    plain.train_epoch()
-    curious.train_epoch(lambda step, steps: curious.evaluate())
-    assert torch.equal(weights(plain), weights(curious))
+@pytest.mark.parametrize("settings", [{}, dict(curriculum="two-stage", stage2_epochs=1, stage2_batch=4)])
+def test_an_evaluation_within_an_epoch_changes_nothing(settings):
+    plain, curious = (tiny_trainer(method="sc", epochs=1, **settings) for _ in range(2))
+    for _ in range(plain.epochs):
+        plain.train_epoch()
+        curious.train_epoch(lambda step, steps: curious.evaluate())
+        assert torch.equal(weights(plain), weights(curious))
 
 
 def test_an_evaluation_takes_fewer_large_images_at_once_and_all_in_all(monkeypatch):
@@ -1826,9 +1828,12 @@ def test_resume_with_other_settings(tiny, tmp_path, monkeypatch, capsys):
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["elapsed"] > 0
     torch.save(state | dict(elapsed=1000.0), out / "last.pt")
-    assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "fp16"]) == 0     # given again; no matter; rounding
+    results = tmp_path / "results.csv"
+    assert train.main([*map(str, resume), "--lr", "0.05", "--eval-every", "2", "--amp", "fp16",        # given again; no matter; rounding
+                       "--results", str(results)]) == 0
     taken = [epoch["seconds"] for epoch in log_of(out)]
     assert taken[1] > 1000 > taken[2]                   # with those before the stop
+    assert train.read_results(results)[0][10] == f"{sum(taken):.0f}"
     assert "note: --amp goes from auto to fp16: the numbers may differ" in capsys.readouterr().err
     assert train.main(["--eval", str(out), "--amp", "off"]) == 0
     monkeypatch.setattr(train, "RANKS", 2)
@@ -2443,6 +2448,28 @@ def test_a_full_disk_leaves_no_half_row(tmp_path, text):
     assert [row[4:11] for row in train.read_results(path)] == before
     train.add_results(path, rows[1:])
     assert [row[4:11] for row in train.read_results(path)] == before + [row[4:11] for row in rows[1:]]
+
+
+def test_a_full_disk_leaves_the_rows_of_a_command_beside(tmp_path, monkeypatch):
+    path, rows, writer = tmp_path / "results.csv", train.read_results(HERE / "data" / "tuning.csv")[:2], csv.writer
+    train.add_results(path, [])
+
+    class Full:
+        def __init__(self, file, **how):
+            self.file = file
+
+        def writerows(self, ours):
+            with open(path, "a", newline="") as beside:
+                writer(beside, lineterminator="\n").writerows(rows)
+            self.file.write(",".join(ours[0])[:20])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv, "writer", Full)
+        with pytest.raises(ltcl.InputError, match="could not be written"):
+            train.add_results(path, rows[:1])
+    assert train.read_results(path) == rows
 
 
 def test_the_readmes_tables_are_those_of_the_rows():
