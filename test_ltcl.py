@@ -1561,7 +1561,7 @@ def test_list_files(tmp_path, capsys, monkeypatch):
     refused(capsys, tmp_path, [*argv[:-1], "nowhere.txt", "--out", tmp_path / "run3"], "nowhere.txt does not exist", "then in --data")
     (tmp_path / "below.txt").write_text((tmp_path / "val.txt").read_text().replace("val/", "", 2))       # before an epoch is trained
     refused(capsys, tmp_path, [*argv[:-1], "below.txt", "--out", tmp_path / "run3"], "below.txt: 2 of 5 images are no files",
-            f"['{root}/class0/0.png']", "--data")
+            f"{root}/class0/0.png for one", "--data")
     (tmp_path / "train.txt").write_text(whole.replace(" ", "\t") + "\n\n")
     refused(capsys, tmp_path, [*argv[:-2], "--out", tmp_path / "run4"], "--test-list", "--holdout")
     (tmp_path / "twice.txt").write_text(whole + whole.splitlines()[-1])
@@ -2474,9 +2474,10 @@ def test_a_full_disk_leaves_the_rows_of_a_command_beside(tmp_path, monkeypatch):
 
 def test_the_readmes_tables_are_those_of_the_rows():
     readme = (HERE / "README.md").read_text()
-    for name in ("results.csv", "tuning.csv"):
-        for table in train.tables(train.read_results(HERE / "data" / name)).split("\n\n**"):
-            assert table.strip() in readme
+    grid, tables, tuning = (readme.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- end of {name} -->")[0]
+                            for name in ("grid", "tables", "tuning"))
+    for name, text in (("results.csv", f"{tables}\n\n{grid}"), ("tuning.csv", tuning)):
+        assert train.tables(train.read_results(HERE / "data" / name)).strip() == text
     methods = " ".join(f'"{method} {settings}'.rstrip() + '"' for method, settings in train.GRID)
     assert f"for method in {methods}; do" in readme     # the command that runs the grid runs all of the table's rows
     record = [row for row in train.read_results(HERE / "data" / "results.csv")
