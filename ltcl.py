@@ -13,7 +13,7 @@ CIFAR-100-LT at imbalance 100 (the last of 200 epochs, three runs each; hardware
 
 It reads from top to bottom: data, views, networks, losses, curriculum, trainer; what isn't part
 of the method, such as reading files and drawing the built-in data, is the appendix. The settings, c or
-config, are train.Config, a field a flag with its help; lambda, PBSD's weight, is its pbsd.
+config, are train.Config: each field is a flag of train.py. lambda, PBSD's weight, is the field pbsd.
 
 Notation.  x: images [B,3,H,W].  y: labels.  z, q, k: embeddings [B,D] of length 1, q the anchors' (queries), k their
 augmentations' (keys).  tau: temperature.  N: images of a batch or a set (M of a test set), R: of all processes' batches.
@@ -82,7 +82,7 @@ def long_tail_indices(labels, imb, seed=0):
     """Rows of the long-tailed subset of a labelled set, grouped by class: int64 array.
 
     labels: [N] integers 0..C-1. Classes keep their order: of a balanced set 0 becomes the head, C-1 the tail.
-    Raises InputError for imb < 1, and where a class would keep no image.
+    Raises InputError for imb < 1, and for one so large that a class would keep no image.
     """
     sizes = np.bincount(labels)
     counts = long_tail_counts(sizes.max(), len(sizes), imb)
@@ -154,7 +154,7 @@ def random_boxes(B, L, H, W, rng, scale=(0.05, 0.6), ratio=(0.75, 1.33), side_sc
 
 def cut(x, boxes, size, cells=1.0, samples=-1):
     """RoIAlign: the boxes [B,L,4] of each image or feature map [B,c,h,w], resized: [B*L,c,*size].
-    cells: of x, to a pixel of the boxes (1/4 for a map of stride 4); cell i covers the pixels i/cells to (i+1)/cells.
+    cells: of x, for each pixel of the boxes (1/4 for a map of stride 4); cell i covers the pixels i/cells to (i+1)/cells.
     samples: points taken along each side of an output pixel; -1: one for every cell that it covers."""
     image = torch.arange(len(x), device=x.device, dtype=boxes.dtype).repeat_interleave(boxes.shape[1])  # [B*L]
     return torchvision.ops.roi_align(x.float(), torch.cat([image[:, None], boxes.flatten(0, 1)], 1), size,
@@ -163,7 +163,7 @@ def cut(x, boxes, size, cells=1.0, samples=-1):
 
 def random_flip(x, rng):
     """Mirror left and right with probability 1/2: [B,3,H,W] -> same."""
-    flip = (torch.rand(len(x), generator=rng, device=x.device) < 0.5).long()            # [B]
+    flip = torch.rand(len(x), generator=rng, device=x.device) < 0.5                     # [B]
     row = torch.arange(len(x), device=x.device) + len(x) * flip                         # [B]
     return torch.cat([x, x.flip(3)]).index_select(0, row)   # on bytes much faster than torch.where
 
@@ -175,8 +175,8 @@ def random_grayscale(x, rng, p=0.2):
 
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
-    """Change the colours of float images [B,3,H,W] in 0..1. All changes are [B,1,1]: brightness, contrast and saturation
-    are 0 to leave them; hue is an angle in radians, grey 1 takes the colour away. All are affine (hue turns the
+    """Change the colours of float images [B,3,H,W] in 0..1. The changes are [B,1,1]; 0 changes nothing. hue is an angle
+    in radians, grey 1 takes the colour away. All are affine (hue turns the
     colours about the grey axis), so that an image needs one 3x3 matrix and one shift."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
     luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] the colours' parts in grey
@@ -251,7 +251,7 @@ def crop_view(x, rng, size=None):
 def resized_view(x, rng, size):
     """Resized crop, flip; others begin with it. uint8 [B,3,H,W] -> float [B,3,*size] in 0..1."""
     boxes = random_boxes(len(x), 1, *x.shape[2:], rng, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))   # [B,1,4]
-    # one sample a pixel is enough: a view's spans 8/7 of an image's at most (Trainer.take_data)
+    # one sample a pixel is enough: along a side it covers 8/7 of an image's pixel at most (Trainer.take_data)
     return cut(random_flip(x, rng), boxes, size, samples=1).div_(255)
 
 
@@ -427,8 +427,8 @@ def sc_loss(z, y, tau=0.1):
         P = torch.searchsorted(y_sorted, y, right=True) - group - 1                # [B] |P_i|: not itself
         total = torch.zeros_like(z).index_add(0, group, z)                         # [B,D] sums over classes: no mask of pairs
         s_class = (z * (total[group] - z)).sum(1) / P.clamp(min=1) / tau           # [B] mean over P_i
-        row = torch.arange(len(z), device=z.device)                                # [B] no anchor is its own candidate
-        # in blocks of [512,B]
+        row = torch.arange(len(z), device=z.device)                                # [B]
+        # in blocks of [512,B]; no anchor is its own candidate
         lse = [(z[i] / tau @ z.T).masked_fill(i[:, None] == row, torch.finfo(z.dtype).min).logsumexp(1) for i in row.split(512)]
         lse = torch.cat(lse)                                                       # [B] over the candidates
         return torch.where(P > 0, lse - s_class, 0).sum() / (P > 0).sum().clamp(min=1)
@@ -480,14 +480,15 @@ def dscl_loss(q, k, y, queue=None, queue_y=None, alpha=0.1, tau=0.1):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         k, queue, lowest = k.to(q.dtype), queue.to(q.dtype), torch.finfo(q.dtype).min
         # the mean of z_i.z_t over P_i is z_i . (sum over its class, less i's own two rows) / |P_i|: no N x K mask
-        y_sorted, zero = y.sort().values, torch.zeros_like(q)                      # [N], [N,D]
+        y_sorted = y.sort().values                                                 # [N]
         group = torch.searchsorted(y_sorted, y)                                    # [N] a class is its first place in y_sorted
         # a row of the queue whose class the batch lacks gets some other class here, and weight 0 below
         queue_group = torch.searchsorted(y_sorted, queue_y).clamp(max=len(y) - 1)  # [K]
         known = (y_sorted[queue_group] == queue_y).to(q.dtype)                     # [K]
-        total = zero.index_add(0, group, q + k).index_add(0, queue_group, queue * known[:, None])      # [N,D]
+        total = torch.zeros_like(q).index_add(0, group, q + k)                     # [N,D] sums over classes
+        total = total.index_add(0, queue_group, queue * known[:, None])            # [N,D]
         others = torch.searchsorted(y_sorted, y, right=True) - group - 1           # [N] other images of the class, two rows each
-        P = 2 * others + zero[:, 0].index_add(0, queue_group, known)[group]        # [N] |P_i|
+        P = 2 * others + q.new_zeros(len(y)).index_add(0, queue_group, known)[group]                   # [N] |P_i|
         s_class = (q * (total[group] - q - k)).sum(1) / P.clamp(min=1) / tau       # [N] mean over P_i
         s_augmentation = (q * k).sum(1) / tau                                      # [N]
         target = torch.where(P > 0, alpha * s_augmentation + (1 - alpha) * s_class, s_augmentation)     # [N]
@@ -503,7 +504,7 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     """Patch-based self-distillation [D, L_pbsd]. A scalar, float32 (float64 stays).
 
     c: [N,L,D] or [N*L,D] teacher, patches pooled from the feature map; no gradient flows into it.
-    s: as c, the student, the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue
+    s: as c, the student's, of the same patches cut from the pixels.  candidates: [R+K,D], the keys and the queue
     (in [D] the other anchors, too).  All rows are of length 1.
     valid: [R+K] bool, False for an empty slot, at least one True; None: all are candidates.
 
@@ -513,9 +514,9 @@ def pbsd_loss(c, s, candidates, tau=0.1, valid=None):
     """
     with torch.autocast(s.device.type, enabled=False):
         s = s.to(torch.promote_types(s.dtype, torch.float32))
-        c, candidates = c.detach().to(s.dtype), candidates.to(s.dtype)
+        c, candidates = c.to(s.dtype), candidates.to(s.dtype)
         empty = None if valid is None else torch.finfo(s.dtype).min * (~valid).to(s.dtype)     # [R+K] added to the logits
-        p = F.linear(c / tau, candidates.detach(), empty).softmax(-1)              # [N,L,R+K] or [N*L,R+K]
+        p = F.linear(c / tau, candidates, empty).softmax(-1).detach()              # [N,L,R+K] or [N*L,R+K]
         logits = F.linear(s / tau, candidates, empty)                              # [N,L,R+K] or [N*L,R+K]
         return F.cross_entropy(logits.flatten(0, -2), p.flatten(0, -2))
 
@@ -633,7 +634,7 @@ class Trainer:
 
     def look_at_data(self):
         """Sets the sizes of images and views and the augmentation. Returns mean and standard deviation [3] of the
-        pixels in 0..1: of all images in memory, of up to 1,000 files."""
+        pixels in 0..1: of all images, but of no more than 1,000 files."""
         c, files = self.config, isinstance(self.x, ImageFiles)
         sample = torch.arange(0, len(self.y), math.ceil(len(self.y) / 1000) if files else 1)
         pixels, _ = next(self.images(self.x, [sample]))                                         # uint8 [n,3,H,W]
@@ -667,7 +668,7 @@ class Trainer:
         self.optimizers = [torch.optim.SGD(net.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay),
                            torch.optim.SGD(classifiers, c.stage2_lr, c.momentum)]              # of the two stages
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
-        for e in net.experts:                           # unused parts are frozen, several processes would wait for them
+        for e in net.experts:                           # several processes would wait for gradients of unused parts
             e.head.requires_grad_(c.method != "ce")
             e.prototypes.requires_grad_(c.method == "psc")
         self.parallel = distributed(self) if self.ranks > 1 else None      # appendix
@@ -680,8 +681,8 @@ class Trainer:
 
     @property
     def classifies(self):
-        """Does the epoch train the classifier? All do but those of the first of two stages. (Most other curricula begin at
-        weight 1, too: there the classifier's loss is computed, but counts nothing yet.)"""
+        """Does the epoch train the classifier? All do, but those of the first of two stages, where it is contrast alone.
+        (Most other curricula begin at weight 1, too: there the classifier's loss is computed, but counts nothing yet.)"""
         return self.weight < 1 or self.config.curriculum != "two-stage"
 
     def batches(self, R, steps):
@@ -696,7 +697,7 @@ class Trainer:
         if balanced:
             draws.append(class_balanced_rows(self.y.cpu(), self.counts, steps * R, self.shuffle))
         branches = [rows.view(steps, R).chunk(self.ranks, 1)[self.rank] for rows in draws]      # [steps,R/ranks] each
-        return torch.cat(branches, 1).to(self.device)                                           # [steps,n]
+        return torch.cat(branches, 1).to(self.device)                                           # [steps,n/ranks]
 
     def images(self, x, plan):
         """Yields (pixels, rows) of each batch of rows in plan: uint8 [n,3,H,W] and [n], on the device. Files are
@@ -723,7 +724,7 @@ class Trainer:
 
     def contrast_loss(self, q, k, y, prototypes, queue):
         """One expert's loss, from its embeddings of two views [R,D], prototypes [C,D] and queue [K,D]. Both views are
-        anchors in turn, but not the keys of a momentum encoder [D]."""
+        anchors in turn; with a momentum encoder q alone [D]."""
         c = self.config
         if c.method == "dscl":
             loss = dscl_loss(q, k, y, queue, self.queue_y, c.alpha, c.tau)
@@ -778,7 +779,7 @@ class Trainer:
         rows for contrast; x_ce and y_ce: for the classifier, perhaps the same. All views go through the network as one
         batch, N queries, N keys (unless a momentum encoder takes these) and VN for the classifier, so that BatchNorm's
         running statistics, which evaluation uses, are of the mixture that it normalised in training. The first of two
-        stages has no views for the classifier; the second, and ce, have no others."""
+        stages has no views for the classifier; the second, and ce in either, have no others."""
         c, N, V, weight = self.config, len(y), self.config.classifier_views, self.weight
         query, key, ce_view, _ = AUGMENTATIONS[self.aug]
         views = [query(x, self.rng, self.size), key(x, self.rng, self.size)] if weight else []        # [N,3,H,W] each
@@ -820,7 +821,7 @@ class Trainer:
         self.scaler.update()
         if keys and self.config.queue:
             self.remember(*keys)                        # after backward, which still reads the queue
-        # a young average forgets faster, so that the random weights of its start don't stay in it
+        # a young average forgets faster, so that its random start is soon gone; in a second stage none is young
         t = self.epoch * (len(self.y) // self.config.batch_size) + len(self.history)            # steps done, about
         average = min(self.config.average, (1 + t) / (10 + t))
         for slow, decay in ((self.key_encoder, self.config.ema), (self.averaged, average)):
@@ -829,7 +830,7 @@ class Trainer:
         return {name: part.detach() for name, part in parts.items()}
 
     def agree(self):
-        """Losses become the mean of all processes (of steps before a resume they are the first's), BatchNorm's running
+        """Losses become the mean of all processes (those from before a resume are the first's), BatchNorm's running
         statistics those of the first."""
         history = torch.stack(self.history)                                     # [steps,parts]
         dist.all_reduce(history)
@@ -847,7 +848,7 @@ class Trainer:
                 f"{broken.int().argmax() + 1}: try {advice}; last.pt is from before")
 
     def train_epoch(self, tick=lambda step, steps: None):
-        """Once over the training set. Returns the epoch's mean losses, its contrast weight and its last learning rate.
+        """Once over the training set. Returns the epoch's mean losses and statistics, contrast weight and last learning rate.
         Between its steps nothing is read from the device. tick is called there: it may save the state, or raise to stop;
         then the next call goes on there."""
         require(self.epoch < self.epochs, f"all {self.epochs} epochs are done: for more, start a run with more --epochs")
