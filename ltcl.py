@@ -128,11 +128,11 @@ def class_balanced_rows(y, counts, n, rng):
 # ---------------------------------------------------------------------------------------
 
 def random_crop(x, rng):
-    """Pad by an eighth of the height (4 pixels of 32) and cut a window of the old size: uint8 [B,3,H,W] -> same."""
+    """Pad each side by an eighth of its length (4 pixels of 32), cut a window of the old size: uint8 [B,3,H,W] -> same."""
     B, _, H, W = x.shape
-    pad = H // 8
-    windows = F.pad(x, [pad] * 4).unfold(2, H, 1).unfold(3, W, 1)   # [B,3,2*pad+1,2*pad+1,H,W] of one padded copy
-    dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng, device=x.device)     # [B] each
+    h, w = H // 8, W // 8
+    windows = F.pad(x, [w, w, h, h]).unfold(2, H, 1).unfold(3, W, 1)    # [B,3,2h+1,2w+1,H,W] of one padded copy
+    dy, dx = (torch.randint(2 * pad + 1, (B,), generator=rng, device=x.device) for pad in (h, w))   # [B] each
     return windows[torch.arange(B, device=x.device), :, dy, dx]     # [B,3,H,W]
 
 
@@ -1018,7 +1018,7 @@ def read_picture(file, size=None):
     with contextlib.suppress(Exception):                # a damaged EXIF tag is no damaged picture
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode[0] in "IF":                         # perhaps 16 bits of grey, or floats in 0..1: PIL would cut them off
-        deep = picture.mode.startswith("I;16")
+        deep = picture.mode.startswith("I;16") or picture.mode == "I" and "PPM" in (picture.format, getattr(file, "format", ""))
         picture = picture.convert("F" if picture.mode == "F" else "I")
         high = picture.getextrema()[1]
         scale = 1 / 256 if deep or high > 255 else 255 if picture.mode == "F" and high <= 1 else 1

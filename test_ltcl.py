@@ -404,17 +404,17 @@ def test_views_are_drawn_for_each_image():
     assert 90 < mirrored.sum() < 166 and (mirrored | (flipped == x).flatten(1).all(1)).all()
 
 
-@pytest.mark.parametrize("size", [28, 32, 64])
-def test_a_crop_is_a_window_of_the_padded_image(size):
-    x = torch.randint(1, 256, (40, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    crops, pad, shifts = ltcl.random_crop(x, torch.Generator().manual_seed(0)), size // 8, set()
-    padded = F.pad(x, [pad] * 4)
+@pytest.mark.parametrize("H, W", [(28, 28), (32, 32), (64, 64), (64, 16), (24, 64)])
+def test_a_crop_is_a_window_of_the_padded_image(H, W):
+    x = torch.randint(1, 256, (40, 3, H, W), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    crops, h, w, shifts = ltcl.random_crop(x, torch.Generator().manual_seed(0)), H // 8, W // 8, set()
+    padded = F.pad(x, [w, w, h, h])
     for image, crop in zip(padded, crops):
-        found = [(i, j) for i in range(2 * pad + 1) for j in range(2 * pad + 1)
-                 if (image[:, i:i + size, j:j + size] == crop).all()]
+        found = [(i, j) for i in range(2 * h + 1) for j in range(2 * w + 1)
+                 if (image[:, i:i + H, j:j + W] == crop).all()]
         assert len(found) == 1
         shifts.update(found)
-    assert len(shifts) > 20 and {i for shift in shifts for i in shift} >= {0, 2 * pad}
+    assert len(shifts) > 20 and all({*side} >= {0, 2 * pad} for side, pad in zip(zip(*shifts), (h, w)))
 
 
 def test_boxes_keep_their_scale_ratio_and_image():
@@ -2068,7 +2068,8 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
     assert (a["queue_y"] >= 0).all() and a["ranks"] == 2 and a["epoch"] == 3
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "last.pt", "log.jsonl", "views.png"]
     log = log_of(tmp_path / "run")
-    assert len(train.read_results(tmp_path / "results.csv")) == 1
+    row, = train.read_results(tmp_path / "results.csv")
+    assert row[11].startswith("2 x ")
     assert [r["epoch"] for r in log] == [1, 2, 3] and all(math.isfinite(r[name]) for r in log for name in ("loss", "loss_pbsd", "spread"))
 
 
@@ -2193,6 +2194,9 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert ltcl.read_picture(tmp_path / "steps.png")[0].tolist() == [[0, 0, 1, 255]]
     Image.fromarray((pixels[..., 0].astype(np.uint16))).save(tmp_path / "dark.png")     # 255 of 65,535
     assert ltcl.read_picture(tmp_path / "dark.png").max() == 0
+    (tmp_path / "steps.pgm").write_bytes(b"P5 3 1 65535\n" + np.array([0, 100, 255], ">u2").tobytes())
+    for picture in (tmp_path / "steps.pgm", Image.open(tmp_path / "steps.pgm")):        # as dark, in another format
+        assert ltcl.read_picture(picture)[0].tolist() == [[0, 0, 0]]
     Image.frombytes("I;16B", (6, 4), (pixels[..., 0].astype(np.uint16) * 128).astype(">u2").tobytes()).save(tmp_path / "big.tiff")
     assert ltcl.read_picture(tmp_path / "big.tiff").unique().tolist() == [0, 127]
     for most, grey in ((1, 1), (255, 255), (256, 1)):   # 32 bits: up to 255 as they are
@@ -2280,6 +2284,8 @@ def test_report(a_run, tiny, tmp_path, capsys, monkeypatch):
         assert len(curves) == 2 * 9
         (out / "last.pt").write_bytes(whole)
         assert str(out / "report.png") in capsys.readouterr().out and (out / "report.png").stat().st_size > 10000
+        odd = shutil.copytree(a_run, tmp_path / os.fsdecode(b"caf\xe9"))       # not UTF-8
+        assert train.main(["--report", str(out), str(odd)]) == 0
         refused(capsys, tmp_path, ["--report", out / "last.pt"], "folder")
         (out / "last.pt").write_bytes(changed((out / "last.pt").read_bytes(), log=[]))
         refused(capsys, tmp_path, ["--report", out], "no epoch")
@@ -2399,6 +2405,11 @@ def test_other_pictures_are_another_run():
     assert one == moved != other
     a, b = (train.Config.of(lr=lr) for lr in (0.10000001, 0.10000002))
     assert train.run_key(a) != train.run_key(b)
+    for same in (["a", "a/", "./a", "a//"], ["mine.npz", "./mine.npz"]):        # spelt otherwise it is the same run
+        given = [dict(dataset=name) if name.endswith(".npz") else dict(dataset="folder", data=name, train_list=f"{name}/t.txt",
+                                                                       test_list=f"{name}/v.txt") for name in same]
+        assert len({train.run_key(train.Config.of(**one)) for one in given}) == 1
+    assert train.Config.of(dataset="mine.npz", train_list="").train_list == ""          # not the folder "."
 
 
 def test_runs_side_by_side_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -2469,6 +2480,15 @@ def test_a_full_disk_leaves_the_rows_of_a_command_beside(tmp_path, monkeypatch):
         patch.setattr(csv, "writer", Full)
         with pytest.raises(ltcl.InputError, match="could not be written"):
             train.add_results(path, rows[:1])
+    assert train.read_results(path) == rows
+
+
+def test_a_second_header_is_no_row(tmp_path):
+    path, rows = tmp_path / "results.csv", train.read_results(HERE / "data" / "tuning.csv")[:2]
+    train.add_results(path, [])                         # of another command, which began at the same time
+    head = path.read_text()
+    path.write_text(head + head)
+    train.add_results(path, rows)
     assert train.read_results(path) == rows
 
 

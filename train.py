@@ -147,9 +147,12 @@ class Config:
             ltcl.require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be "
                          + ("below 1" if m["high"] == BELOW_ONE else f"{m['high']} or less"))
         ltcl.require(self.dataset in ltcl.FILE_SETS or not (self.train_list or self.test_list), "--train-list and --test-list "
-                     f"are for {', '.join(ltcl.FILE_SETS)}: leave them out for --dataset {self.dataset}")
+                     f"are for {', '.join(ltcl.FILE_SETS)}: leave them out, or --dataset {self.dataset}")
         ltcl.require(bool(self.train_list) == bool(self.test_list) or self.train_list and self.holdout,
                      "--train-list and --test-list go together: give both, or --holdout in place of the second")
+        for name in ("data", "train_list", "test_list", *["dataset"] * self.dataset.endswith(".npz")):
+            if path := getattr(self, name):             # DIR/ is DIR: the same run, and the same row of results
+                setattr(self, name, str(Path(path)))
 
     @classmethod
     def of(cls, **given):
@@ -304,7 +307,7 @@ def opened(given, go_on):
                  f"--resume --out {out}")
     if not held:
         ltcl.require(not go_on or out and given.keys() - NO_MATTER - MAY_CHANGE - {"epochs", "stage2_epochs"},
-                     f"--resume: --out {out!r} holds no run: name the folder of one, or give the settings of a new one")
+                     f"--resume: --out {out!r} holds no run: name the folder of one, or give a new one's settings, as --dataset")
         return Config.of(**given), None
     state, old = saved(out)
     ltcl.require("log" in state, f"{out} is a run of an older version, without its log: go on with that version")
@@ -640,7 +643,7 @@ def report(runs):
                 axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], label=label,
                           marker="." if len(rows) == 1 else None, linewidth=2.5 if name in ("loss", "top1") else 1.2, **style)
             axes.set_xlabel("epoch")
-        loss.set_title(run.resolve().name, parse_math=False)
+        loss.set_title(os.fsencode(run.resolve().name).decode(errors="replace"), parse_math=False)
         top.set_ylim(0, 100)
         counts, accuracy = state["counts"], state["evaluated"].get("by_class", [])
         bars = [a for _, a in sorted(zip(counts, accuracy), key=lambda pair: -pair[0])]
@@ -649,7 +652,7 @@ def report(runs):
     for row in (losses, tops):
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in figure.axes:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for row, label in ((losses, "training loss"), (tops, "test accuracy, %"), (classes, "accuracy of the class, %")):
         row[0].set_ylabel(label)
     figure.savefig(runs[0] / "report.png", dpi=100)
@@ -685,7 +688,9 @@ def hardware(trainer):
         line = next(line for line in open("/proc/cpuinfo") if "model name" in line)
         text = f"{line.partition(': ')[2].strip()}, {text}"
     if trainer.device.type == "cuda":
-        text = f"{trainer.ranks} x {torch.cuda.get_device_name(trainer.device)}"
+        text = torch.cuda.get_device_name(trainer.device)
+    if trainer.device.type == "cuda" or trainer.ranks > 1:
+        text = f"{trainer.ranks} x {text}"
     text += f", torch {torch.__version__}, {trainer.net.amp or torch.float32}".replace("torch.", "")
     return text + (", compiled" if trainer.config.compile == "on" else "")
 
@@ -710,6 +715,7 @@ def read_results(path):
         # a spreadsheet may have put a mark at its start
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             header, *rows = list(filter(None, csv.reader(file))) or [COLUMNS]
+            rows = [row for row in rows if row != header]       # two commands that began together may both have written it
     except (OSError, ValueError, csv.Error) as error:
         raise ltcl.InputError(f"{path} cannot be read as a .csv file ({error}): give --results or --tables another") from None
     ltcl.require(tuple(header) == COLUMNS and all(len(row) == len(COLUMNS) for row in rows),
