@@ -983,7 +983,7 @@ def check_labels(where, y_train, y_test, names=None):
 def read_npz(path, holdout=0):
     """An .npz file's arrays, checked, as a Dataset. Raises InputError."""
     require(path.exists(), f"{path} does not exist: give the path of an .npz file with --dataset")
-    with path.open("rb") as file:                       # numpy takes whatever is no .npz for a pickle
+    with path.open("rb") as file:                       # numpy takes most other files for a pickle
         require(file.read(2) == b"PK", f"{path} cannot be read, it is no .npz file: write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run any code
@@ -991,7 +991,7 @@ def read_npz(path, holdout=0):
     except Exception as error:  # numpy, zipfile and zlib each have their own for a broken file
         raise InputError(f"{path} cannot be read as plain arrays ({first_line(error)}): write it anew with numpy.savez, "
                          "class_names as strings") from None
-    parts = "train", "train" if holdout and not {"x_test", "y_test"} & set(arrays) else "test"
+    parts = ["train", "train" if holdout and not {"x_test", "y_test"} & set(arrays) else "test"]    # hold_out() will split it
     missing = {f"{kind}_{part}" for kind in "xy" for part in parts} - set(arrays)
     require(not missing, f"{path} lacks {', '.join(sorted(missing))}: it needs x_train, y_train, x_test and y_test, "
             "or --holdout 0.2 in place of the last two")
@@ -1023,7 +1023,7 @@ def read_picture(file, size=None):
         high = picture.getextrema()[1]
         scale = 1 / 256 if deep or high > 255 else 255 if picture.mode == "F" and high <= 1 else 1
         picture = picture.point(lambda v: v * scale).convert("L")
-    if "A" in picture.mode or "transparency" in picture.info:
+    if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     picture = picture.convert("RGB")
@@ -1098,25 +1098,25 @@ def read_list(path, root):
 def load_files(root, train_list, test_list, holdout):
     """Image files, from two lists or from a tree of class folders, as a Dataset. Raises InputError."""
     if train_list or test_list:
-        lists = train_list, train_list if holdout else test_list    # hold_out() will make the test set
+        lists = [train_list, train_list if holdout else test_list]      # hold_out() will make the test set
         rows, names = [read_list(Path(name), root) for name in lists], None
         require(not holdout or len(dict(rows[0])) == len(rows[0]),
                 f"{train_list} names an image twice: --holdout could train on it and test on it: name each once")
         for name, part in zip(lists, rows):             # test images would be missed after an epoch, no sooner
             seen = [path for path, _ in part[::len(part) // 1000 + 1]]
             lost = [path for path in seen if not os.path.isfile(path)]
-            # a sample can't tell the 1 % that report() allows from a little less
+            # a sample can't tell the 1 % that report() allows from a little more
             require(len(lost) <= max(1, 0.1 * len(seen)), f"{name}: {len(lost)} of {len(seen)} images are no files, "
                     f"{min(lost, default='')} for one: --data is the folder in which its paths begin")
     else:
-        held_out = root / ("train" if holdout else next((name for name in ("val", "test") if (root / name).is_dir()), "val"))
+        held_out = root / "train" if holdout else next(filter(Path.is_dir, (root / "val", root / "test")), root / "val")
         trees = []
         for folder in (root / "train", held_out):
             require(folder.is_dir(), f"{folder} does not exist: --data is the folder that holds train/<class>/* "
                     "and val/<class>/* (or test); --holdout 0.2 makes a test set of the training images")
             try:
                 trees.append(torchvision.datasets.ImageFolder(folder))
-            except FileNotFoundError as error:          # an empty class folder
+            except FileNotFoundError as error:          # no class folder, or an empty one
                 raise InputError(f"{folder}: {first_line(error)}") from None
         train, test = trees
         alone = [sorted(set(a.classes) - set(b.classes)) for a, b in ((train, test), (test, train))]
@@ -1338,7 +1338,7 @@ def load(run, device="auto"):
     """The trained network of a run (its folder or a .pt file), in eval mode, on any device.
 
     net(x) takes float images [B,3,H,W] in 0..1 and gives logits [B,C]; net.preprocess(path) makes such an
-    image of a picture file; net.class_names and net.counts are the C classes. Raises InputError.
+    image of a picture file; net.class_names and net.counts: the C classes' names and training images. Raises InputError.
     """
     state = read_checkpoint(run)
     try:

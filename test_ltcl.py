@@ -2188,6 +2188,10 @@ def test_pictures_are_turned_and_transparent_ones_put_on_white(tmp_path):
     assert (x[:, :, :3] == 255).all() and (x[:, :, 3:] == 0).all()
     Image.fromarray(pixels[..., 0]).convert("P").save(tmp_path / "palette.png", transparency=0)
     assert (ltcl.read_picture(tmp_path / "palette.png") == 255).all()
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255, 0, 255], "RGBA")          # a red that can't be seen, and green
+    palette.putpixel((1, 0), 1)
+    assert ltcl.read_picture(palette).tolist() == [[[255, 0]], [[255, 255]], [[255, 0]]]
     Image.fromarray((pixels[..., 0].astype(np.uint16) * 128)).save(tmp_path / "deep.png")
     assert ltcl.read_picture(tmp_path / "deep.png").unique().tolist() == [0, 127]
     Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "steps.png")

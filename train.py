@@ -138,7 +138,7 @@ class Config:
             name, value, m = flag(f.name), getattr(self, f.name), f.metadata
             if f.type is float and isinstance(value, int | float) and type(value) is not bool:     # np.float64 is a float, too
                 setattr(self, f.name, value := float(value))
-            ltcl.require(type(value) is f.type, f"{name} is {value!r}: it takes a {f.type.__name__}")
+            ltcl.require(type(value) is f.type, f"{name} is {value!r}: it must be of type {f.type.__name__}")
             ltcl.require(not m["choices"] or value in m["choices"],
                          f"{name} {value!r} is unknown: choose {', '.join(m['choices'])}")
             ltcl.require(f.type is not float or math.isfinite(value), f"{name} is {value}: give a finite number")
@@ -147,10 +147,10 @@ class Config:
             ltcl.require(m["high"] is None or value <= m["high"], f"{name} is {value}: it must be "
                          + ("below 1" if m["high"] == BELOW_ONE else f"{m['high']} or less"))
         ltcl.require(self.dataset in ltcl.FILE_SETS or not (self.train_list or self.test_list), "--train-list and --test-list "
-                     f"are for {', '.join(ltcl.FILE_SETS)}: leave them out, or --dataset {self.dataset}")
+                     f"are for {', '.join(ltcl.FILE_SETS)}: leave them out, or change --dataset {self.dataset}")
         ltcl.require(bool(self.train_list) == bool(self.test_list) or self.train_list and self.holdout,
                      "--train-list and --test-list go together: give both, or --holdout in place of the second")
-        for name in ("data", "train_list", "test_list", *["dataset"] * self.dataset.endswith(".npz")):
+        for name in ["data", "train_list", "test_list"] + ["dataset"] * self.dataset.endswith(".npz"):
             if path := getattr(self, name):             # DIR/ is DIR: the same run, and the same row of results
                 setattr(self, name, str(Path(path)))
 
@@ -246,7 +246,7 @@ def read_arguments(argv):
         if getattr(do, action):
             refuse(given.keys() - useful | {name for name in ("results", "quiet") if getattr(do, name)}, f"--{action}")
             ltcl.require(RANKS == 1, f"--{action} takes one process: leave torchrun out")
-    refuse({"seed"} & given.keys() if do.seeds else (), "--seeds")
+    ltcl.require(not do.seeds or "seed" not in given, "--seed has no meaning with --seeds: leave it out")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
     return do, given
 
@@ -273,12 +273,12 @@ def course(c, epochs):
 
 
 def epochs_begun(state):
-    """Of both stages, the one in work among them."""
+    """The epochs done in both stages, and the one in work."""
     return state["epoch"] + bool(state["history"])
 
 
-def refuse_another_run(old, new, given, begun, out):
-    """Refuse given settings that would change what the run in out has trained in the epochs begun."""
+def refuse_another_run(old, new, given, begun):
+    """Refuse given settings that would change what the run in --out has trained in the epochs begun."""
     notes = []
     for name in given:
         a, b = getattr(old, name), getattr(new, name)
@@ -289,7 +289,7 @@ def refuse_another_run(old, new, given, begun, out):
             ltcl.require(course(old, begun) == course(new, begun), f"{flag(name)} {b}: the run was begun with {a}, its epochs so "
                          f"far ({begun}) would have had another learning rate or contrast weight: start a new run")
         else:
-            ltcl.require(name in MAY_CHANGE, f"{flag(name)} is {b!r}, but the run in {out} has {a!r}: take that to go on, "
+            ltcl.require(name in MAY_CHANGE, f"{flag(name)} is {b!r}, but the run in {new.out} has {a!r}: take that to go on, "
                          "or start a new run in another folder with --out")
         notes.append(f"note: {flag(name)} goes from {a} to {b}" + (": the numbers may differ" if name in MAY_CHANGE else ""))
     for note in notes:                                  # now that nothing is refused
@@ -318,7 +318,7 @@ def opened(given, go_on):
     other_presets = (old.dataset, old.method, old.recipe) != (new.dataset, new.method, new.recipe)
     if not begun and not other_presets:                 # no step is done: it starts again, with other settings
         return new, None
-    refuse_another_run(old, new, given, begun, out)
+    refuse_another_run(old, new, given, begun)
     if state["ranks"] != RANKS:
         say(f"note: the run had {state['ranks']} processes so far, now {RANKS}: they share batches and BatchNorm's statistics "
             "differently")
@@ -452,7 +452,7 @@ class Run:
         self.log = state["log"] if state else []        # one object per epoch
         self.elapsed = state["elapsed"] if state else 0     # seconds of this epoch before it was stopped
         self.shown = time.time()
-        if state and (began_on := state.get("device", t.device.type)) != t.device.type:     # auto may find another
+        if state and (began_on := state["device"]) != t.device.type:     # auto may find another
             say(f"note: the run was on {began_on} so far: {t.device.type} draws other views, and computes in its own precision")
         if RANK == 0:
             self.out = make_folder(config)
