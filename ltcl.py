@@ -176,8 +176,8 @@ def random_grayscale(x, rng, p=0.2):
 
 def recolour(x, brightness, contrast, saturation, hue, grey=0):
     """Change the colours of float images [B,3,H,W] in 0..1. The changes are [B,1,1]; 0 changes nothing. hue is an angle
-    in radians, grey 1 takes the colour away. All are affine (hue turns the
-    colours about the grey axis), so that an image needs one 3x3 matrix and one shift."""
+    in radians, grey 1 takes the colour away. All are affine (hue turns the colours about the grey axis), so that an image
+    needs one 3x3 matrix and one shift."""
     b, c, s, eye = brightness, contrast, saturation, torch.eye(3, device=x.device)
     luma = TF.rgb_to_grayscale(eye[:, :, None, None]).flatten()                 # [3] the colours' parts in grey
     to_grey = luma.expand(3, 3)                                                 # [3,3] a colour to its grey
