@@ -246,7 +246,8 @@ def read_arguments(argv):
         if getattr(do, action):
             refuse(given.keys() - useful | {name for name in ("results", "quiet") if getattr(do, name)}, f"--{action}")
             ltcl.require(RANKS == 1, f"--{action} takes one process: leave torchrun out")
-    ltcl.require(not do.seeds or "seed" not in given, "--seed has no meaning with --seeds: leave it out")
+    if do.seeds:
+        refuse({"seed"} & given.keys(), "--seeds")
     ltcl.require(do.eval or not do.per_class, "--per-class goes with --eval RUN")
     return do, given
 
@@ -588,7 +589,8 @@ def warn_untrained(state):
 def evaluate(run, given, per_class):
     """Print the accuracy of a trained run on its test set."""
     state, config = saved(run)
-    refuse({"test_list"} & given.keys() if config.holdout else (), "--eval of a run with --holdout")
+    if config.holdout:
+        refuse({"test_list"} & given.keys(), "--eval of a run with --holdout")
     config = replace(config, batchnorm="local", compile="off", **given)     # those two don't matter here
     config.refuse_idle({"data"} & given.keys(), two_stage=False)
     trainer = make_trainer(config, state)
